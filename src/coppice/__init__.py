@@ -1,0 +1,1 @@
+"""Coppice: serve, tune and place generative models on the machines people have."""
