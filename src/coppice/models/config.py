@@ -73,7 +73,6 @@ class ModelConfig:
         scale_embedding: embeddings are multiplied by ``sqrt(hidden_size)``, rounded to the
             dtype of the weights.
         tied: the output matrix is the embedding.
-        fused: the checkpoint stores ``qkv_proj`` and ``gate_up_proj`` as one matrix each.
         eos_token_ids: tokens that end a turn, as the checkpoint names them.
     """
 
@@ -100,7 +99,6 @@ class ModelConfig:
     logit_softcap: float = 0.0
     scale_embedding: bool = False
     tied: bool = False
-    fused: bool = False
     experts: ExpertSpec | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

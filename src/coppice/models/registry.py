@@ -350,7 +350,7 @@ def _phi3(f: Fields) -> ModelConfig:
         if scaling.get(key) == "yarn":  # early Phi-3 files call LongRoPE so
             scaling[key] = "longrope"
     base = _base(f.replaced(rope_scaling=scaling), partial=True)
-    return ModelConfig(**base, layers=_uniform(f, windowed=True), fused=True)
+    return ModelConfig(**base, layers=_uniform(f, windowed=True))
 
 
 def _olmo2(f: Fields) -> ModelConfig:

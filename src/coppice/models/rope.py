@@ -286,6 +286,11 @@ class RopeTable:
             inverse, self._scale = frequencies(spec, context)
             self._inverse = inverse.to(like.device)
 
+    @property
+    def complete(self) -> bool:
+        """Every position is filled."""
+        return self._filled == self._context
+
     def reach(self, positions: int) -> None:
         """Fill the table for positions below ``positions``.
 

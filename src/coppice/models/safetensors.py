@@ -207,15 +207,9 @@ class SafetensorsFile:
         digest.update(self._size.to_bytes(8, "little") + self._header)
         for entry in self.entries.values():
             last = max(entry.size_bytes - _SAMPLE_BYTES, 0)
-            for place in {0, last // 2, last}:
+            for place in (0, last // 2, last):
                 count = min(_SAMPLE_BYTES, entry.size_bytes)
                 digest.update(os.pread(self._fd, count, entry.offset + place))
-
-    def forget(self, name: str) -> None:
-        """Tell the system that the page cache of a consumed tensor may go."""
-        entry = self.entries[name]
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, entry.offset, entry.size_bytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
@@ -257,6 +251,10 @@ class SafetensorsSource:
         """All tensor names."""
         return self._home.keys()
 
+    def homes(self) -> dict[str, str]:
+        """Which file each tensor is in."""
+        return {name: file.name for name, file in self._home.items()}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of ``name``."""
         return self._home[name].entries[name].shape
@@ -266,8 +264,7 @@ class SafetensorsSource:
         return self._home[name].read(name).to(dtype)
 
     def release(self, name: str) -> None:
-        """Let the page cache of ``name`` go."""
-        self._home[name].forget(name)
+        """Nothing to do: a read tensor lives in the caller's memory alone."""
 
     def native_dtype(self) -> torch.dtype:
         """bfloat16 if all matrices are stored so, else float32 (float16 does not fit bfloat16)."""
