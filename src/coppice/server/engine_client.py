@@ -118,6 +118,12 @@ class AsyncEngine:
         if self._process is not None:
             self._process.send(Cancel(request_id, reason, index))
 
+    def forget(self, request_id: str) -> None:
+        """Cancel what is still open and route no more of its outputs."""
+        if request_id in self.live:
+            self.cancel(request_id)
+            del self.live[request_id]
+
     async def close(self, grace_s: float = 5.0) -> None:
         """Stop supervising and end the engine process."""
         self.state = "stopped"
@@ -127,7 +133,13 @@ class AsyncEngine:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
-        self._fail_live("The server stopped.", "shutting_down")
+        self.fail_all("The server stopped.")
+
+    def fail_all(self, message: str) -> None:
+        """End every live request with ``shutting_down``."""
+        for request_id in list(self.live):
+            self.cancel(request_id)
+        self._fail_live(message, "shutting_down")
 
     def kill(self) -> None:
         """End the engine process at once (second SIGTERM)."""
@@ -140,7 +152,7 @@ class AsyncEngine:
         while True:
             started = time.monotonic()
             problem = await self._run_once()
-            self._process = None
+            self._process = self.stats = None
             stopped = self.state == "stopped"
             self._fail_live(problem.message, problem.code)
             if self._first_ready is not None and not self._first_ready.done():

@@ -96,6 +96,16 @@ class Choice:
                 raise _failure(output)
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Latencies of a call in seconds; ``None`` where it did not get that far."""
+
+    ttft_s: float | None
+    tpot_s: float | None
+    e2e_s: float
+    queue_s: float | None
+
+
 class Generation:
     """Runs the engine requests of one call and yields their text.
 
@@ -152,6 +162,17 @@ class Generation:
             "cancelled" if "cancelled" in endings else "finished"
         )  # fmt: skip
 
+    def timing(self, arrived: float) -> Timing:
+        """Latencies seen so far, given the call's arrival (monotonic)."""
+        now, first = time.monotonic(), self.first_token_s
+        later = self.completion_tokens - self.num_choices
+        return Timing(
+            ttft_s=first - arrived if first else None,
+            tpot_s=(now - first) * self.num_choices / later if first and later > 0 else None,
+            e2e_s=now - arrived,
+            queue_s=self.queue_s,
+        )
+
     def submit(self) -> None:
         """Hand all requests to the engine.
 
@@ -187,8 +208,8 @@ class Generation:
                 if batch:
                     yield [batch[index] for index in sorted(batch)]
         finally:
-            if open_choices:
-                self.cancel()
+            for request in self._requests:
+                self._engine.forget(request.id)
 
     def _take(self, output: Output, batch: dict[int, Delta]) -> None:
         choice = self._choices[output.request_id, output.index]

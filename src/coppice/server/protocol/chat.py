@@ -87,19 +87,12 @@ class ConversationFields(Fields):
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
-class RenderRequest(ConversationFields):
-    """Body of ``POST /v1/chat/completions/render``; other chat fields are allowed beside."""
+class ChatRequest(ConversationFields, SamplingFields):
+    """Body of ``POST /v1/chat/completions``, and of its ``/render`` twin."""
 
-    model: Label | None = None
-
-
-class ChatRequest(SamplingFields):
-    """Body of ``POST /v1/chat/completions``."""
-
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     max_completion_tokens: Count | None = None
