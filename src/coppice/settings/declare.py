@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from coppice.errors import ConfigError
 
@@ -158,6 +158,16 @@ class RoomConfig:
     """
 
     ROOM: ClassVar[str]
+
+    @classmethod
+    def from_values(cls, **values: object) -> Self:
+        """Build from Python arguments; an unknown name is a `ConfigError` with the nearest."""
+        names = [item.name for item in settings_of(cls)]
+        for name in values:
+            if name not in names:
+                hint = nearest(name, names)
+                raise ConfigError(f"Unknown {cls.ROOM} setting {name!r}{hint}.", param=name)
+        return cls(**values)
 
     def __post_init__(self) -> None:
         for item in settings_of(type(self)):
