@@ -39,9 +39,9 @@ def run(
         engine_config: which model, how much memory.
         engine_command: another engine program; it is given ``--socket PATH``.
     """
-    from coppice.errors import CoppiceError  # noqa: PLC0415
-    from coppice.server.lifecycle import Server, report  # noqa: PLC0415
-    from coppice.server.tokenizing import tokenizer_of  # noqa: PLC0415
+    from coppice.errors import CoppiceError
+    from coppice.server.lifecycle import Server, report
+    from coppice.server.tokenizing import tokenizer_of
 
     command = engine_command or (
         sys.executable,

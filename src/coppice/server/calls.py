@@ -6,8 +6,8 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from coppice.engine.messages import CancelReason
@@ -53,7 +53,7 @@ class Call:
 
 
 class Calls:
-    """All live calls; every call passes through `live` and leaves one log line."""
+    """All live calls; a call is held from arrival to end and leaves one log line."""
 
     def __init__(self, observe: Observer) -> None:
         self._live: dict[str, Call] = {}
@@ -61,22 +61,6 @@ class Calls:
 
     def __len__(self) -> int:
         return len(self._live)
-
-    @contextmanager
-    def live(self, call: Call) -> Iterator[Call]:
-        """Hold a call in the list while its block runs, then settle its accounts.
-
-        The block may leave the call to a stream by setting ``call.entry`` aside through
-        `run`; a call whose generation was never submitted is settled here.
-        """
-        self._live[call.id] = call
-        try:
-            yield call
-        except BaseException as error:
-            call.entry.close_by_error(error)
-            raise
-        finally:
-            self.settle(call)
 
     def hold(self, call: Call) -> None:
         """Begin a call that `settle` ends."""
@@ -119,7 +103,7 @@ class Observer:
         raise NotImplementedError
 
 
-async def run(call: Call) -> AsyncIterator[list[Delta]]:
+async def run(call: Call) -> AsyncGenerator[list[Delta], None]:
     """The call's deltas; closes its ledger entry by how it ended.
 
     Raises:

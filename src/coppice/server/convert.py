@@ -34,9 +34,7 @@ def sampling(
         RequestError: a value is out of range or two contradict.
     """
     given: dict[str, Any] = {
-        name: value
-        for name in _SAME_NAME
-        if (value := getattr(fields, name)) is not None
+        name: value for name in _SAME_NAME if (value := getattr(fields, name)) is not None
     }
     stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop or ())
     if max_tokens is not None and (fields.min_tokens or 0) > max_tokens:
@@ -269,9 +267,7 @@ def _logit_bias(given: dict[str, float]) -> dict[int, float]:
     made: dict[int, float] = {}
     for name, bias in given.items():
         if not (name.isascii() and name.isdigit() and len(name) < 10):  # noqa: PLR2004
-            raise RequestError(
-                f"logit_bias: {name[:20]!r} is not a token id.", param="logit_bias"
-            )
+            raise RequestError(f"logit_bias: {name[:20]!r} is not a token id.", param="logit_bias")
         made[int(name)] = float(bias)
     return made
 

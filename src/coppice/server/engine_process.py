@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from coppice.engine.messages import (
     Fatal,
@@ -128,7 +129,8 @@ async def _connected_or_dead(
 ) -> None:
     death = asyncio.ensure_future(process.wait())
     try:
-        await asyncio.wait({connected, death}, return_when=asyncio.FIRST_COMPLETED)
+        both: set[asyncio.Future[Any]] = {connected, death}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not connected.done():
             raise EngineDeadError(f"The engine process ended with status {death.result()}.")
     except BaseException:

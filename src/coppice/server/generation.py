@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -187,7 +187,7 @@ class Generation:
         for request in self._requests:
             self._engine.cancel(request.id, reason)
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
+    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """Yield what is new, everything at hand at once, until all choices have ended.
 
         When the consumer is slower than the engine, a later batch simply holds more.

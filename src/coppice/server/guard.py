@@ -110,7 +110,10 @@ class Guard:
             self._check_host(scope)
             if not self._is_public(scope):
                 key = self._keys.identify(header(scope, b"authorization"))
-            if self._keys.required and self._keys.busy[key.name] >= self._config.connections_per_key:
+            if (
+                self._keys.required
+                and self._keys.busy[key.name] >= self._config.connections_per_key
+            ):
                 raise CapacityError(
                     f"The key has {self._config.connections_per_key} requests open already.",
                     status=429, code="too_many_connections",
@@ -142,7 +145,7 @@ class Guard:
                                      code="unknown_origin")  # fmt: skip
 
     def _is_public(self, scope: Scope) -> bool:
-        path = scope["path"]
+        path: str = scope["path"]
         if POLICIES.get(path) is Policy.PUBLIC:
             return True
         if self._public_prefix is None or scope["method"] not in ("GET", "HEAD"):

@@ -63,9 +63,7 @@ def protocol_class(settings: ServerConfig) -> type[H11Protocol]:
 
         def _await_headers(self) -> None:
             self._stop_timer()
-            self._header_timer = self.loop.call_later(
-                settings.header_timeout_s, self._headers_late
-            )
+            self._header_timer = self.loop.call_later(settings.header_timeout_s, self._headers_late)
 
         def _headers_late(self) -> None:
             self._header_timer = None

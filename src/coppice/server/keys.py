@@ -116,7 +116,9 @@ def _read_file(path: Path) -> list[Key]:
     try:
         entries = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"Cannot read the keys file {path}: {error}.", param="api_keys_file")
+        raise ConfigError(
+            f"Cannot read the keys file {path}: {error}.", param="api_keys_file"
+        ) from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f"{path} must hold a JSON list of keys.", param="api_keys_file")
     keys = [_read_key(entry, path) for entry in entries]
@@ -136,7 +138,11 @@ def _read_key(entry: dict[str, object], path: Path) -> Key:
         raise bad("name and tenant must be text")
     if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):  # noqa: PLR2004
         raise bad("sha256 must be 64 hex digits")
-    expires, share, rate = entry.get("expires"), entry.get("share", 1.0), entry.get("rate_per_minute")
+    expires, share, rate = (
+        entry.get("expires"),
+        entry.get("share", 1.0),
+        entry.get("rate_per_minute"),
+    )
     if not isinstance(share, int | float) or not 0 < share <= 1:
         raise bad("share must lie in (0, 1]")
     if rate is not None and (not isinstance(rate, int | float) or rate <= 0):
@@ -144,7 +150,7 @@ def _read_key(entry: dict[str, object], path: Path) -> Key:
     try:
         expires_s = datetime.fromisoformat(str(expires)).timestamp() if expires else None
     except ValueError:
-        raise bad("expires must be an ISO date")
+        raise bad("expires must be an ISO date") from None
     return Key(
         name=name, sha256=digest, tenant=tenant, expires_s=expires_s,
         share=float(share), rate_per_minute=float(rate) if rate is not None else None,

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import uvicorn
 
-from coppice.errors import CoppiceError
+from coppice.errors import ConfigError, CoppiceError
 from coppice.models.tokenizer import Tokenizer
 from coppice.server.admission import Admission
 from coppice.server.app import build_app
@@ -118,7 +118,7 @@ class Server:
         try:
             facts = await self.services.engine.start()
         finally:
-            tokenizer = await _settled(tokenizer_loaded)
+            await _settled(tokenizer_loaded)
         tokenizer = await tokenizer_loaded
         tokenizer.require_vocab(facts.vocab_size)
         self.services.text = TextService(tokenizer)
@@ -196,7 +196,6 @@ async def _settled(future: Awaitable[object]) -> None:
 
 
 def _listen(config: ServerConfig) -> socket.socket:
-    from coppice.errors import ConfigError  # noqa: PLC0415
 
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -207,8 +206,9 @@ def _listen(config: ServerConfig) -> socket.socket:
         listener.close()
         raise ConfigError(
             f"Cannot listen on {config.host}:{config.port} ({error.strerror}); choose another "
-            "port, or 0 for a free one.", param="port",
-        )  # fmt: skip
+            "port, or 0 for a free one.",
+            param="port",
+        ) from error
     listener.setblocking(False)
     return listener
 

@@ -59,7 +59,9 @@ class BodyLimits:
                                  code="unsupported_media_type")  # fmt: skip
 
     def _too_large(self) -> LimitError:
-        return LimitError(f"The body is larger than {self._max_bytes} bytes.", code="body_too_large")
+        return LimitError(
+            f"The body is larger than {self._max_bytes} bytes.", code="body_too_large"
+        )
 
 
 class _Counted:
@@ -87,8 +89,9 @@ class _Counted:
             self._complete = not message.get("more_body", False)
             if self._size > self._max_bytes:
                 raise BodyProblem(
-                    LimitError(f"The body is larger than {self._max_bytes} bytes.",
-                               code="body_too_large")  # fmt: skip
+                    LimitError(
+                        f"The body is larger than {self._max_bytes} bytes.", code="body_too_large"
+                    )
                 )
         return message
 

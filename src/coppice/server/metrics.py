@@ -126,9 +126,7 @@ class _Figures(Collector):
         services = self._services
         ledger = services.ledger
         yield self._total("requests_accepted", "Well-formed generation calls.", ledger.accepted)
-        outcomes = CounterMetricFamily(
-            "coppice_requests", "Calls by outcome.", labels=["outcome"]
-        )
+        outcomes = CounterMetricFamily("coppice_requests", "Calls by outcome.", labels=["outcome"])
         for outcome in OUTCOMES:
             outcomes.add_metric([outcome], ledger.outcomes[outcome])
         yield outcomes
@@ -148,9 +146,7 @@ class _Figures(Collector):
         pages = max(stats.num_pages, 1)
         yield self._gauge("num_requests_running", "Sequences in the batch.", stats.running)
         yield self._gauge("num_requests_waiting", "Sequences waiting.", stats.waiting)
-        yield self._gauge(
-            "kv_cache_usage_perc", "Used KV pages, 0 to 1.", stats.pages_used / pages
-        )
+        yield self._gauge("kv_cache_usage_perc", "Used KV pages, 0 to 1.", stats.pages_used / pages)
         yield self._total(
             "prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queried_tokens
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import Request as HttpRequest
@@ -145,10 +145,10 @@ async def _requests(
 
 
 Whole = Callable[[Frame, list[Gathered]], Response]
-Chunks = Callable[[Frame, Generation], AsyncIterator[bytes]]
+Chunks = Callable[[Frame, Generation], AsyncGenerator[bytes, None]]
 
 
-async def answer(  # noqa: PLR0913 - one call site per route
+async def answer(
     http: HttpRequest,
     body: SamplingFields,
     route: Route,
@@ -160,6 +160,9 @@ async def answer(  # noqa: PLR0913 - one call site per route
     """Serve one generation call from ledger entry to reply.
 
     Args:
+        http: the HTTP request.
+        body: its parsed body.
+        route: the route's names.
         plan: makes the plan; its refusals count as outcome ``refused``.
         whole: makes the unstreamed reply.
         chunks: makes the streamed one.
@@ -167,9 +170,7 @@ async def answer(  # noqa: PLR0913 - one call site per route
     services, call, warnings = open_call(http, body, route)
     handed_over = False
     try:
-        generation = await while_connected(
-            http.receive, admit(services, call, body, plan())
-        )
+        generation = await while_connected(http.receive, admit(services, call, body, plan()))
         facts = services.engine.facts
         frame = Frame(
             call,
@@ -210,8 +211,8 @@ async def _gather(call: Call) -> list[Gathered]:
 
 
 async def _events(
-    services: Services, call: Call, chunks: AsyncIterator[bytes]
-) -> AsyncIterator[bytes]:
+    services: Services, call: Call, chunks: AsyncGenerator[bytes, None]
+) -> AsyncGenerator[bytes, None]:
     """The stream's events, with an error event if it fails, and the accounts settled."""
     try:
         async for chunk in chunks:
@@ -221,6 +222,6 @@ async def _events(
         yield event(error_body(error, call.request_id), "error")
         yield DONE
     finally:
-        await chunks.aclose()  # type: ignore[attr-defined]
+        await chunks.aclose()
         call.entry.close("cancelled")
         services.calls.settle(call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi.responses import Response
@@ -44,13 +44,15 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterator[bytes],
+        events: AsyncGenerator[bytes, None],
         *,
         headers: Mapping[str, str],
         ping_s: float,
         slow_reader_s: float,
     ) -> None:
-        super().__init__(headers={**headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        super().__init__(
+            headers={**headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        )
         del self.headers["content-length"]
         self._events = events
         self._ping_s = ping_s
@@ -91,13 +93,13 @@ class EventStream(Response):
                 following.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await following
-            await self._events.aclose()  # type: ignore[attr-defined]
+            await self._events.aclose()
 
     async def _write(self, send: Send, chunk: bytes) -> None:
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
 
 
-async def _next(events: AsyncIterator[bytes]) -> bytes | None:
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes | None:
     return await anext(events, None)
 
 
@@ -115,9 +117,9 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """
     running = asyncio.ensure_future(work)
     left = asyncio.ensure_future(client_leaves(receive))
-    waiting: set[Awaitable[Any]] = {running, left}
+    waiting: set[asyncio.Future[Any]] = {running, left}
     try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             return running.result()
         raise ClientLeftError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -25,9 +25,7 @@ from coppice.server.text import TextService
 from coppice.server.tools import ToolText, Turn, plan_turn
 
 router = APIRouter(route_class=BoundedRoute)
-ROUTE = Route(
-    "/v1/chat/completions", "chatcmpl", "chat.completion", "chat.completion.chunk"
-)
+ROUTE = Route("/v1/chat/completions", "chatcmpl", "chat.completion", "chat.completion.chunk")
 
 
 @router.post(ROUTE.path, response_model=ChatReply, responses=ERRORS | STREAMED)
@@ -50,7 +48,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         assert frame.call.generation is not None
         return JSONResponse(frame.whole(made, frame.call.generation))
 
-    def chunks(frame: Frame, generation: Generation) -> AsyncIterator[bytes]:
+    def chunks(frame: Frame, generation: Generation) -> AsyncGenerator[bytes, None]:
         return _chunks(frame, generation, turn, token_bytes if body.logprobs else None)
 
     return await answer(request, body, ROUTE, plan=plan, whole=whole, chunks=chunks)
@@ -105,9 +103,7 @@ async def _prompt(
     return prompt, await text.encode(prompt, add_special_tokens=False, context=context)
 
 
-def _choice(
-    body: ChatRequest, turn: Turn, choice: Gathered, token_bytes: Any
-) -> dict[str, Any]:
+def _choice(body: ChatRequest, turn: Turn, choice: Gathered, token_bytes: Any) -> dict[str, Any]:
     reader = ToolText(turn)
     pieces = [*reader.push(choice.text), *reader.finish()]
     content = "".join(piece.get("content", "") for piece in pieces)
@@ -127,13 +123,13 @@ def _choice(
 
 async def _chunks(
     frame: Frame, generation: Generation, turn: Turn, token_bytes: Any
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     readers = [ToolText(turn) for _ in range(generation.num_choices)]
     yield b"".join(
         event(frame.chunk([_piece(index, {"role": "assistant", "content": ""})], first=index == 0))
         for index in range(len(readers))
     )
-    async with aclosing(run(frame.call)) as batches:  # type: ignore[type-var]
+    async with aclosing(run(frame.call)) as batches:
         async for deltas in batches:
             choices = [
                 choice

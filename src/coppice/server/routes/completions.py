@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -52,17 +52,17 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         assert frame.call.generation is not None
         return JSONResponse(frame.whole(made, frame.call.generation))
 
-    def chunks(frame: Frame, generation: Generation) -> AsyncIterator[bytes]:
+    def chunks(frame: Frame, generation: Generation) -> AsyncGenerator[bytes, None]:
         return _chunks(frame, generation, token_bytes if body.logprobs is not None else None)
 
-    return await answer(
-        request, body, ROUTE, plan=lambda: _plan(body), whole=whole, chunks=chunks
-    )
+    return await answer(request, body, ROUTE, plan=lambda: _plan(body), whole=whole, chunks=chunks)
 
 
-async def _chunks(frame: Frame, generation: Generation, token_bytes: Any) -> AsyncIterator[bytes]:
+async def _chunks(
+    frame: Frame, generation: Generation, token_bytes: Any
+) -> AsyncGenerator[bytes, None]:
     first = True
-    async with aclosing(run(frame.call)) as batches:  # type: ignore[type-var]
+    async with aclosing(run(frame.call)) as batches:
         async for deltas in batches:
             parts = []
             for delta in deltas:
@@ -116,10 +116,10 @@ def _prompts(body: CompletionRequest) -> tuple[list[str], list[list[int]]]:
     if isinstance(prompt, str):
         return [prompt], []
     if isinstance(prompt[0], int):
-        return [], [prompt]  # type: ignore[list-item]
+        return [], [prompt]
     if isinstance(prompt[0], str):
-        return prompt, []  # type: ignore[return-value]
-    return [], prompt  # type: ignore[return-value]
+        return prompt, []
+    return [], prompt
 
 
 __all__ = ["ErrorReply", "router"]

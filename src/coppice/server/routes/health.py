@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -10,7 +12,7 @@ from coppice.server.routes.documented import ERRORS
 from coppice.server.services import services_of
 
 router = APIRouter()
-NOT_READY = {503: {"model": Health}}
+NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Health}}
 
 
 @router.get("/health/live", response_model=Health)

@@ -49,9 +49,7 @@ async def info(request: Request) -> Response:
     )
 
 
-@router.post(
-    "/v1/requests/{request_id}/cancel", response_model=CancelReply, responses=ERRORS
-)
+@router.post("/v1/requests/{request_id}/cancel", response_model=CancelReply, responses=ERRORS)
 async def cancel(request_id: str, request: Request) -> Response:
     """End your calls of this id (of the reply, or the ``X-Request-Id`` you sent)."""
     services = services_of(request)
