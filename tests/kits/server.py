@@ -14,6 +14,7 @@ import os
 import queue
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ import openai
 from tests.kits.fake_model import EOS, VOCAB_SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
+_NO_TLS = ssl.create_default_context()  # made once: it costs more than a request
 READY = re.compile(r" at (http://\S+) ")
 
 
@@ -113,7 +115,11 @@ class ServerProcess:
 
     def client(self, **kwargs: Any) -> openai.OpenAI:
         """The official client, without retries."""
-        defaults: dict[str, Any] = {"max_retries": 0, "timeout": 60.0}
+        defaults: dict[str, Any] = {
+            "max_retries": 0,
+            "timeout": 60.0,
+            "http_client": httpx.Client(verify=_NO_TLS, timeout=60.0),
+        }
         return openai.OpenAI(
             base_url=f"{self.url}/v1", api_key=self.key or "none", **(defaults | kwargs)
         )
@@ -121,7 +127,7 @@ class ServerProcess:
     def http(self, **kwargs: Any) -> httpx.Client:
         """A plain client with the server's key."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=30.0, **kwargs)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30.0, verify=_NO_TLS, **kwargs)
 
     def info(self) -> dict[str, Any]:
         """``/v1/coppice/info``."""

@@ -64,8 +64,9 @@ def error_reply(error: CoppiceError, request_id: str) -> Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, AuthenticationError):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, LimitError):
-        headers["Connection"] = "close"  # part of the body may still be on its way
+    if isinstance(error, LimitError) or error.code in ("draining", "shutting_down"):
+        # After a limit, part of the body may still be on its way.
+        headers["Connection"] = "close"
     return JSONResponse(error_body(error, request_id), error.status, headers)
 
 
