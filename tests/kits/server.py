@@ -127,7 +127,9 @@ class ServerProcess:
     def http(self, **kwargs: Any) -> httpx.Client:
         """A plain client with the server's key."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=30.0, verify=_NO_TLS, **kwargs)
+        return httpx.Client(
+            base_url=self.url, headers=headers, timeout=30.0, verify=_NO_TLS, **kwargs
+        )
 
     def info(self) -> dict[str, Any]:
         """``/v1/coppice/info``."""

@@ -223,8 +223,8 @@ PHASES = ("before the body is whole", "at once", "at the first token", "mid-stre
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("stream", [True, False])
 def test_client_that_leaves_is_noticed(server: ServerProcess, phase: str, stream: bool) -> None:
-    import json  # noqa: PLC0415
-    import socket  # noqa: PLC0415
+    import json
+    import socket
 
     tokens = 60 if phase == "near the end" else 2000
     fields: dict[str, Any] = {
@@ -261,14 +261,20 @@ def test_silent_stream_gets_comments(fake_model: Path) -> None:
 
 
 def test_reader_that_stands_still_is_cancelled(fake_model: Path) -> None:
-    import json  # noqa: PLC0415
-    import socket  # noqa: PLC0415
+    import json
+    import socket
 
     settings = {"slow_reader_s": 1.0, "request_timeout_s": 60.0}
     fake = {"step_s": 0.0, "context_length": 1 << 16}
     with ServerProcess(fake_model, fake=fake, server=settings) as server:
         body = json.dumps(
-            {"prompt": "abc", "max_tokens": 60000, "stream": True, "ignore_eos": True, "logprobs": 20}
+            {
+                "prompt": "abc",
+                "max_tokens": 60000,
+                "stream": True,
+                "ignore_eos": True,
+                "logprobs": 20,
+            }
         ).encode()
         raw = socket.socket()
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -345,7 +351,7 @@ def test_metrics_add_up_and_have_vllm_names_on_request(fake_model: Path) -> None
 
 
 def test_refusal_costs_under_a_millisecond_of_cpu(fake_model: Path) -> None:
-    import psutil  # noqa: PLC0415
+    import psutil
 
     settings = {"max_in_flight": 1}
     with ServerProcess(fake_model, fake={"step_s": 0.05}, server=settings) as server:

@@ -70,6 +70,8 @@ class Calls:
         """Give back the place, count the outcome and write the line; once."""
         if self._live.pop(call.id, None) is None:
             return
+        if call.generation is not None:
+            call.generation.abandon()  # its deltas may never have been asked for
         if call.permit is not None:
             call.permit.release()
         call.entry.close("cancelled")  # unless it was closed by how it ended

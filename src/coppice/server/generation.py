@@ -187,6 +187,11 @@ class Generation:
         for request in self._requests:
             self._engine.cancel(request.id, reason)
 
+    def abandon(self) -> None:
+        """End what still runs and listen no more; harmless when all has ended."""
+        for request in self._requests:
+            self._engine.forget(request.id)
+
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """Yield what is new, everything at hand at once, until all choices have ended.
 
@@ -208,8 +213,7 @@ class Generation:
                 if batch:
                     yield [batch[index] for index in sorted(batch)]
         finally:
-            for request in self._requests:
-                self._engine.forget(request.id)
+            self.abandon()
 
     def _take(self, output: Output, batch: dict[int, Delta]) -> None:
         choice = self._choices[output.request_id, output.index]
@@ -233,7 +237,10 @@ class Generation:
     async def _next_outputs(self) -> list[Output]:
         remaining = self._deadline + GRACE_S - time.monotonic()
         try:
-            outputs = [await asyncio.wait_for(self._queue.get(), max(remaining, 0.0))]
+            # NOTE: not wait_for, which in Python 3.11 loses a cancellation that comes together
+            # with an output, so that a client's leaving went unnoticed.
+            async with asyncio.timeout(max(remaining, 0.0)):
+                outputs = [await self._queue.get()]
         except TimeoutError:
             self.cancel("expired")
             return [

@@ -79,7 +79,8 @@ class _Counted:
         if self._complete:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), self._patience_s())
+            async with asyncio.timeout(self._patience_s()):
+                message = await self._receive()
         except TimeoutError:
             raise BodyProblem(
                 LimitError("The body came too slowly.", status=408, code="body_timeout")

@@ -84,7 +84,8 @@ class EventStream(Response):
                     chunk, following = following.result(), None
                 if chunk is None:
                     break
-                await asyncio.wait_for(self._write(send, chunk), self._slow_reader_s)
+                async with asyncio.timeout(self._slow_reader_s):
+                    await self._write(send, chunk)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             return  # a reader that stands still; uvicorn closes the unfinished reply
