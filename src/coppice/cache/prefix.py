@@ -26,6 +26,7 @@ class Node:
     page: int
     parent: Node | None
     children: dict[Key, Node] = field(default_factory=dict)
+    scope: str = ""
     last_use: int = 0
     queued: bool = False
 
@@ -67,8 +68,8 @@ class PrefixTree:
     def match(self, tokens: Sequence[int], scope: str = "") -> Match:
         """Longest cached prefix of ``tokens``, marked as just used."""
         node = self._roots.get(scope)
-        if node is None:
-            node = self._roots[scope] = Node((), -1, None)
+        if node is None:  # registered by the first page sealed under it, not by a look-up
+            return Match(Node((), -1, None, scope=scope), [])
         self._clock += 1
         pages: list[int] = []
         size = self._page_size
@@ -93,6 +94,8 @@ class PrefixTree:
                 reference moves to the tree's page: read it from ``node.page``.
         """
         self._clock += 1
+        if parent.parent is None:
+            parent = self._roots.setdefault(parent.scope, parent)
         key = tuple(tokens)
         node = parent.children.get(key)
         if node is None:
@@ -151,7 +154,11 @@ class PrefixTree:
         del parent.children[node.key]
         self.num_pages -= 1
         self._allocator.evict(node.page)
-        if not parent.children and parent.parent is not None:
+        if parent.children:
+            return
+        if parent.parent is None:
+            del self._roots[parent.scope]
+        else:
             self._enqueue(parent)
 
 
