@@ -1,0 +1,95 @@
+"""One step: carry out a plan, run the model once, choose tokens, commit.
+
+Nothing here knows a feature by name: a prefill chunk, a decode and a recomputed prompt are
+rows that close the gap between a sequence's tokens and its KV.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from coppice.cache.pool import KVPool
+from coppice.engine.batch import BatchLayout
+from coppice.engine.pages import SequencePages
+from coppice.engine.sampler import sample
+from coppice.engine.sequence import Sequence
+from coppice.kernels.rows import Rows
+from coppice.scheduling import Grant
+
+
+class Forward(Protocol):
+    """What the step needs of a model."""
+
+    def forward(self, rows: Rows, pool: KVPool) -> Tensor:
+        """Float32 logits ``[W, V]`` of ``rows.logit_rows``; K and V written to the pool."""
+        ...
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step did: who got a token, in row order, and what it took."""
+
+    num_rows: int = 0
+    sampled: list[Sequence] = field(default_factory=list)
+    model_s: float = 0.0
+
+
+class StepRunner:
+    """Runs granted rows through the model.
+
+    Args:
+        model: the decoder.
+        pool: KV storage the decoder writes.
+        pages: page bookkeeping of the same pool.
+        layout: host arrays of the batch.
+    """
+
+    def __init__(
+        self, model: Forward, pool: KVPool, pages: SequencePages, layout: BatchLayout
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._pages = pages
+        self._layout = layout
+
+    def run(self, grants: list[Grant]) -> StepResult:
+        """One pass of the model over the granted rows.
+
+        A sequence whose pages cannot be had after all is left out; it is asked for again in
+        the next plan, which sees the true page count.
+        """
+        result = StepResult()
+        self._layout.clear()
+        ran: list[tuple[Sequence, int]] = []
+        for grant in grants:
+            sequence = grant.sequence
+            assert isinstance(sequence, Sequence)
+            if not self._prepare(sequence, grant.num_rows):
+                continue
+            if self._layout.add(sequence, grant.num_rows):
+                result.sampled.append(sequence)
+            ran.append((sequence, grant.num_rows))
+            result.num_rows += grant.num_rows
+        if not ran:
+            return result
+        began = time.perf_counter()
+        logits = self._model.forward(self._layout.rows(), self._pool)
+        result.model_s = time.perf_counter() - began
+        for sequence, num_rows in ran:
+            sequence.num_computed += num_rows
+            self._layout.write_pages(sequence, self._pages.seal(sequence))
+        if result.sampled:
+            sample_tokens(logits, result.sampled)
+        return result
+
+    def _prepare(self, sequence: Sequence, num_rows: int) -> bool:
+        held = len(sequence.pages)
+        if not self._pages.grow(sequence, sequence.num_computed + num_rows):
+            return False
+        if len(sequence.pages) != held:
+            self._layout.write_pages(sequence, held)
+        return True
