@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from coppice.kernels.rows import Rows
@@ -32,9 +33,27 @@ class Ops(Protocol):
         """Bring ``weight [N, K]`` (float32 or bfloat16) to this backend's layout."""
         ...
 
-    def linear(
-        self, x: Tensor, packed: PackedLinear, *, residual: Tensor | None = None
-    ) -> Tensor:
+    def empty_linear(
+        self, out_features: int, in_features: int, dtype: torch.dtype, *, bias: bool = False
+    ) -> PackedLinear:
+        """Room for a ``[out_features, in_features]`` weight that `fill_linear` fills in parts.
+
+        This is how q, k and v (or gate and up) become one layer without a second copy:
+        each part is packed straight into its rows of the one buffer.
+        """
+        ...
+
+    def fill_linear(
+        self, packed: PackedLinear, row: int, weight: Tensor, bias: Tensor | None = None
+    ) -> None:
+        """Pack ``weight [n, K]`` (any float dtype) as output features ``row .. row + n``."""
+        ...
+
+    def unpack_linear(self, packed: PackedLinear) -> Tensor:
+        """The weight back as a new ``[N, K]`` tensor in its stored dtype."""
+        ...
+
+    def linear(self, x: Tensor, packed: PackedLinear, *, residual: Tensor | None = None) -> Tensor:
         """``x [T, K] @ weight.T + bias (+ residual)`` as float32 ``[T, N]``."""
         ...
 
@@ -46,7 +65,7 @@ class Ops(Protocol):
         """``x / rms(x) * weight`` per row; a ``(1 + w)`` norm is folded in at load."""
         ...
 
-    def rope_append(
+    def rope_append(  # noqa: PLR0913
         self,
         qkv: Tensor,
         rows: Rows,
