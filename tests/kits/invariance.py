@@ -112,7 +112,7 @@ def outcomes(
     seed: int = 0,
 ) -> dict[str, Outcome]:
     """Run ``requests`` under ``arrangement``; what came of each, by id."""
-    config = msgspec.structs.replace(
+    config = replace(
         config, prefill_chunk=arrangement.chunk, prefix_cache=arrangement.cached, max_sequences=32
     )
     planner: Planner = StepPlanner()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from coppice.engine.config import EngineConfig
 from coppice.models.decoder import Decoder
-from coppice.models.loading import load_model
+from coppice.models.checkpoint import load_model
 from coppice.models.tokenizer import Tokenizer
 
 

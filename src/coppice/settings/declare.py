@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from coppice.errors import ConfigError
 
@@ -158,6 +158,21 @@ class RoomConfig:
     """
 
     ROOM: ClassVar[str]
+
+    @classmethod
+    def from_values(cls, **values: Any) -> Self:
+        """A config from names that may be wrong, as a caller of the Python API types them.
+
+        Raises:
+            ConfigError: a name is no setting of this room; the nearest match is named.
+        """
+        known = [item.name for item in settings_of(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(
+                    f"{name!r} is no {cls.ROOM} setting{nearest(name, known)}.", param=name
+                )
+        return cls(**values)
 
     def __post_init__(self) -> None:
         for item in settings_of(type(self)):
