@@ -106,6 +106,9 @@ def test_direct_construction_is_checked_too() -> None:
         PondConfig(num_fish=-1)
     with pytest.raises(ConfigError, match="page_size must be a power of two"):
         EngineConfig(page_size=24)
+    with pytest.raises(ConfigError, match="Unknown engine setting 'pagesize'; did you mean"):
+        EngineConfig.from_values(pagesize=16)
+    assert EngineConfig.from_values(page_size=16) == EngineConfig(page_size=16)
 
 
 def test_unknown_variable_offers_the_nearest() -> None:

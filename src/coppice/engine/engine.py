@@ -25,7 +25,7 @@ from coppice.engine.pages import SequencePages
 from coppice.engine.request import Request
 from coppice.engine.sampler import SamplerState
 from coppice.engine.sequence import Sequence
-from coppice.engine.step import Sampled, StepRunner
+from coppice.engine.step import Choice, StepRunner
 from coppice.errors import ContextOverflowError, RequestError, RowFaultError
 from coppice.scheduling import Plan, Planner, Snapshot, StepPlanner
 from coppice.scheduling.planner import order_key
@@ -124,15 +124,14 @@ class Engine:
             [g for g in plan.grants if g.sequence.num_pages]  # a newcomer may have found none
         )
         now = self.clock()
-        for sampled in result.sampled:
-            self._accept(sampled, now, outputs)
+        for choice in result.choices:
+            self._accept(choice, now, outputs)
         took = self.clock() - began
         if result.num_rows:
             self._cost.observe(result.num_rows, took)
         self._totals["steps"] += 1
         self._totals["rows"] += result.num_rows
-        self._totals["generated_tokens"] += len(result.sampled)
-        self._totals["prompt_tokens"] += result.num_rows - len(result.sampled)
+        self._totals["generated_tokens"] += len(result.choices)
         self._seconds["model"] += result.model_s
         self._seconds["other"] += took - result.model_s
         return outputs
@@ -196,9 +195,9 @@ class Engine:
             sampler=SamplerState(
                 request.sampling,
                 request.prompt,
-                vocab_size=self.model.vocab_size,
+                self.model.vocab_size,
                 choice_index=index,
-                eos_token_ids=self.model.eos_token_ids,
+                eos_ids=self.model.tokenizer.eos_ids,
             ),
             grammar=self._grammars.start(grammar) if grammar is not None else None,
             max_tokens=room if wanted is None else min(room, wanted),
@@ -259,16 +258,19 @@ class Engine:
         self._batch.free_slot(sequence)
         self.pages.release(sequence)
 
-    def _accept(self, sampled: Sampled, now: float, outputs: list[Output]) -> None:
+    def _accept(self, choice: Choice, now: float, outputs: list[Output]) -> None:
         """Append a chosen token to its sequence and see whether that ends it."""
-        sequence, token = sampled.sequence, sampled.token
-        if sampled.fault is not None:
-            sequence.error = (RowFaultError.code, sampled.fault)
+        sequence, token = choice.sequence, choice.token
+        if choice.fault is not None:
+            sequence.error = (RowFaultError.code, choice.fault)
             self._end(sequence, "failed", outputs)
             return
         sequence.tokens.append(token)
-        if sampled.logprob is not None:
-            sequence.logprobs.append(sampled.logprob)
+        sequence.sampler.accept(token)
+        if sequence.grammar is not None:
+            sequence.grammar.accept(token)
+        if choice.logprob is not None:
+            sequence.logprobs.append(choice.logprob)
         if not sequence.first_token_s:
             sequence.first_token_s = now
             self._release_held_back(sequence.request.id, enqueue=True)
@@ -281,7 +283,7 @@ class Engine:
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         params = sequence.request.sampling
         ends = token in params.stop_token_ids or (
-            token in self.model.eos_token_ids and not params.ignore_eos
+            token in self.model.tokenizer.eos_ids and not params.ignore_eos
         )
         if ends:
             sequence.stop_token = token

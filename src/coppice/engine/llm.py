@@ -156,7 +156,7 @@ class LLM:
                     output = CompletionOutput(index)
                     entry.result.outputs.append(output)
                     entry.choices.append(
-                        _Choice(output, TextAssembler.for_params(self.tokenizer, request.sampling))
+                        _Choice(output, assembler_for(self.tokenizer, request.sampling))
                     )
         except BaseException:
             self._cancel(live)
@@ -182,25 +182,37 @@ class LLM:
         if output.finish_reason == "failed":
             code, message = output.error or ("engine_error", "the request failed")
             raise EngineError(message, code=code)
-        piece = choice.text.push(output.tokens, final=output.finish_reason is not None)
-        kept = choice.text.num_tokens
+        ended = output.finish_reason is not None
+        piece = choice.text.push(output.tokens, stop_token=output.stop_token is not None)
+        if ended:
+            piece += choice.text.flush()
+        done.text += piece
         done.token_ids.extend(output.tokens)
         if output.logprobs is not None:
             done.logprobs = (done.logprobs or []) + output.logprobs
         if output.cached_tokens:
             entry.result.num_cached_tokens = output.cached_tokens
-        done.text += piece
-        if choice.text.stopped is not None:
-            done.finish_reason, done.stop_reason = "stop", choice.text.stopped
-            del done.token_ids[kept:]
+        if choice.text.stop_reason is not None:
+            done.finish_reason, done.stop_reason = "stop", choice.text.stop_reason
             self._engine.cancel(output.request_id, "stop", output.index)
-        elif output.finish_reason is not None:
+        elif ended:
             done.finish_reason, done.stop_reason = output.finish_reason, output.stop_token
         return piece
 
     def _cancel(self, live: dict[str, _Live]) -> None:
         for request_id in live:
             self._engine.cancel(request_id)
+
+
+def assembler_for(tokenizer: Tokenizer, params: SamplingParams) -> TextAssembler:
+    """The text side of sampling parameters."""
+    return TextAssembler(
+        tokenizer,
+        stop=params.stop,
+        include_stop=params.include_stop_str_in_output,
+        skip_special_tokens=params.skip_special_tokens,
+        min_tokens=params.min_tokens,
+    )
 
 
 def _as_list(prompts: Any) -> list[Any]:

@@ -20,7 +20,6 @@ class EngineModel:
     architecture: str
     context_length: int
     vocab_size: int
-    eos_token_ids: frozenset[int]
     num_params: int
     weight_bytes: int
     weight_format: str

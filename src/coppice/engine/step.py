@@ -15,7 +15,8 @@ from torch import Tensor
 from coppice.cache.pool import KVPool
 from coppice.engine.batch import BatchLayout
 from coppice.engine.pages import SequencePages
-from coppice.engine.sampler import sample
+from coppice.engine.messages import TokenLogprob
+from coppice.engine.sampler import FAULTS, sample
 from coppice.engine.sequence import Sequence
 from coppice.kernels.rows import Rows
 from coppice.scheduling import Grant
@@ -29,12 +30,22 @@ class Forward(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token chosen for a sequence, or why none could be (``fault``, for the client)."""
+
+    sequence: Sequence
+    token: int
+    logprob: TokenLogprob | None
+    fault: str | None
+
+
 @dataclass(slots=True)
 class StepResult:
-    """What a step did: who got a token, in row order, and what it took."""
+    """What a step did: tokens chosen, in row order, and what it took."""
 
     num_rows: int = 0
-    sampled: list[Sequence] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
     model_s: float = 0.0
 
 
@@ -65,15 +76,17 @@ class StepRunner:
         result = StepResult()
         self._layout.clear()
         ran: list[tuple[Sequence, int]] = []
+        complete: list[Sequence] = []
         for grant in grants:
             sequence = grant.sequence
             assert isinstance(sequence, Sequence)
-            if not self._prepare(sequence, grant.num_rows):
+            num_rows = min(grant.num_rows, sequence.num_tokens - sequence.num_computed)
+            if not self._prepare(sequence, num_rows):
                 continue
-            if self._layout.add(sequence, grant.num_rows):
-                result.sampled.append(sequence)
-            ran.append((sequence, grant.num_rows))
-            result.num_rows += grant.num_rows
+            if self._layout.add(sequence, num_rows):
+                complete.append(sequence)
+            ran.append((sequence, num_rows))
+            result.num_rows += num_rows
         if not ran:
             return result
         began = time.perf_counter()
@@ -82,8 +95,8 @@ class StepRunner:
         for sequence, num_rows in ran:
             sequence.num_computed += num_rows
             self._layout.write_pages(sequence, self._pages.seal(sequence))
-        if result.sampled:
-            sample_tokens(logits, result.sampled)
+        if complete:
+            result.choices = _choose(logits, complete)
         return result
 
     def _prepare(self, sequence: Sequence, num_rows: int) -> bool:
@@ -93,3 +106,21 @@ class StepRunner:
         if len(sequence.pages) != held:
             self._layout.write_pages(sequence, held)
         return True
+
+
+def _choose(logits: Tensor, sequences: list[Sequence]) -> list[Choice]:
+    """One token for each sequence from its row of ``logits [W, V]``."""
+    masks = None
+    if any(s.grammar is not None for s in sequences):
+        masks = [None if s.grammar is None else s.grammar.mask() for s in sequences]
+    drawn = sample(
+        logits, [s.sampler for s in sequences], [s.num_tokens for s in sequences], masks
+    )
+    tokens, faults = drawn.tokens.tolist(), drawn.faults.tolist()
+    logprobs = drawn.logprobs or [None] * len(sequences)
+    return [
+        Choice(sequence, token, logprob, FAULTS[fault] if fault else None)
+        for sequence, token, logprob, fault in zip(
+            sequences, tokens, logprobs, faults, strict=True
+        )
+    ]

@@ -160,18 +160,13 @@ class RoomConfig:
     ROOM: ClassVar[str]
 
     @classmethod
-    def from_values(cls, **values: Any) -> Self:
-        """A config from names that may be wrong, as a caller of the Python API types them.
-
-        Raises:
-            ConfigError: a name is no setting of this room; the nearest match is named.
-        """
-        known = [item.name for item in settings_of(cls)]
+    def from_values(cls, **values: object) -> Self:
+        """Build from Python arguments; an unknown name is a `ConfigError` with the nearest."""
+        names = [item.name for item in settings_of(cls)]
         for name in values:
-            if name not in known:
-                raise ConfigError(
-                    f"{name!r} is no {cls.ROOM} setting{nearest(name, known)}.", param=name
-                )
+            if name not in names:
+                hint = nearest(name, names)
+                raise ConfigError(f"Unknown {cls.ROOM} setting {name!r}{hint}.", param=name)
         return cls(**values)
 
     def __post_init__(self) -> None:

@@ -108,15 +108,11 @@ def resolve(
     flags = flags or {}
     sources = sources or Sources()
     items = settings_of(room)
-    for name in flags:
-        if name not in {item.name for item in items}:
-            hint = nearest(name, [item.name for item in items])
-            raise ConfigError(f"Unknown {room.ROOM} setting {name!r}{hint}.", param=name)
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     origins: dict[str, Origin] = {}
     for item in items:
         values[item.name], origins[item.name] = _look_up(item, flags, sources)
-    return Resolved(room(**values), origins)
+    return Resolved(room.from_values(**values), origins)
 
 
 def _look_up(item: Setting, flags: Mapping[str, object], sources: Sources) -> tuple[object, Origin]:
