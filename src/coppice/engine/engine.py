@@ -273,6 +273,7 @@ class Engine:
             sequence.logprobs.append(choice.logprob)
         if not sequence.first_token_s:
             sequence.first_token_s = now
+            self._totals["prompt_tokens"] += len(sequence.request.prompt)
             self._release_held_back(sequence.request.id, enqueue=True)
         reason = self._finish_reason(sequence, token)
         if reason is None:
