@@ -14,13 +14,21 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+import msgspec
+
 from coppice.cache.pool import KVPool
 from coppice.cost import StepCost
 from coppice.engine.batch import BatchLayout
 from coppice.engine.config import EngineConfig
 from coppice.engine.grammar import GrammarCompiler
 from coppice.engine.loading import EngineModel
-from coppice.engine.messages import CancelReason, FinishReason, Output, StepStats
+from coppice.engine.messages import (
+    CancelReason,
+    FinishReason,
+    ModelFacts,
+    Output,
+    StepStats,
+)
 from coppice.engine.pages import SequencePages
 from coppice.engine.request import Request
 from coppice.engine.sampler import SamplerState
@@ -59,7 +67,7 @@ class Engine:
         layout = model.decoder.kv_layout(config.page_size)
         num_pages = max(1, (config.kv_cache_mib << 20) // layout.page_bytes)
         self.num_pages = num_pages
-        self.context_length = min(model.context_length, num_pages * config.page_size)
+        self.context_length = min(model.facts.context_length, num_pages * config.page_size)
         pool = KVPool(layout, num_pages)
         self.pages = SequencePages(pool, prefix_cache=config.prefix_cache)
         max_pages = -(-self.context_length // config.page_size) + 1
@@ -78,6 +86,12 @@ class Engine:
         self.outcomes: Counter[str] = Counter()
 
     # -- what the outside calls ------------------------------------------------------------
+
+    def facts(self) -> ModelFacts:
+        """The model's facts with this engine's sizes."""
+        return msgspec.structs.replace(
+            self.model.facts, context_length=self.context_length, num_pages=self.num_pages
+        )
 
     @property
     def has_work(self) -> bool:
@@ -177,9 +191,9 @@ class Engine:
                 f"{self.context_length}, one of them for the answer; shorten the prompt.",
                 param="prompt",
             )
-        if not 0 <= min(request.prompt) <= max(request.prompt) < self.model.vocab_size:
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self.model.facts.vocab_size:
             raise RequestError(
-                f"Token ids must lie between 0 and {self.model.vocab_size - 1}.", param="prompt"
+                f"Token ids must lie between 0 and {self.model.facts.vocab_size - 1}.", param="prompt"
             )
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
@@ -195,9 +209,9 @@ class Engine:
             sampler=SamplerState(
                 request.sampling,
                 request.prompt,
-                self.model.vocab_size,
+                self.model.tokenizer.vocab_size,
                 choice_index=index,
-                eos_ids=self.model.tokenizer.eos_ids,
+                eos_ids=sorted(self.model.eos_ids),
             ),
             grammar=self._grammars.start(grammar) if grammar is not None else None,
             max_tokens=room if wanted is None else min(room, wanted),
@@ -284,7 +298,7 @@ class Engine:
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         params = sequence.request.sampling
         ends = token in params.stop_token_ids or (
-            token in self.model.tokenizer.eos_ids and not params.ignore_eos
+            token in self.model.eos_ids and not params.ignore_eos
         )
         if ends:
             sequence.stop_token = token

@@ -8,26 +8,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
 from coppice.cache.pool import KVPool
 from coppice.engine.batch import BatchLayout
+from coppice.engine.loading import Decoder
 from coppice.engine.pages import SequencePages
 from coppice.engine.messages import TokenLogprob
 from coppice.engine.sampler import FAULTS, sample
 from coppice.engine.sequence import Sequence
-from coppice.kernels.rows import Rows
 from coppice.scheduling import Grant
-
-
-class Forward(Protocol):
-    """What the step needs of a model."""
-
-    def forward(self, rows: Rows, pool: KVPool) -> Tensor:
-        """Float32 logits ``[W, V]`` of ``rows.logit_rows``; K and V written to the pool."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +51,7 @@ class StepRunner:
     """
 
     def __init__(
-        self, model: Forward, pool: KVPool, pages: SequencePages, layout: BatchLayout
+        self, model: Decoder, pool: KVPool, pages: SequencePages, layout: BatchLayout
     ) -> None:
         self._model = model
         self._pool = pool
