@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class KVLayout:
-    """Shape of the KV cache. ``window`` per layer lives with the model, not here."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int
-    dtype: torch.dtype
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes one page takes over all layers, K and V."""
-        per_layer = 2 * self.num_kv_heads * self.page_size * self.head_dim
-        return per_layer * self.num_layers * self.dtype.itemsize
+from coppice.models.kv import KVLayout as KVLayout
 
 
 class KVPool:

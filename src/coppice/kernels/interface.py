@@ -28,6 +28,8 @@ class Ops(Protocol):
     """Operators over rows. ``T`` rows, ``H`` heads, ``K`` KV heads, ``D`` head dim."""
 
     name: str
+    device: torch.device
+    """Where weights, rows and pages live."""
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         """Bring ``weight [N, K]`` (float32 or bfloat16) to this backend's layout."""
