@@ -7,13 +7,14 @@ import pytest
 from coppice.engine.config import EngineConfig
 from coppice.engine.loading import EngineModel, load_engine_model
 from tests.kits.invariance import ARRANGEMENTS, Arrangement, Outcome, make_requests, outcomes
+from tests.kits.models import DRAFT
 
 NUM_REQUESTS = 100
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def model(request: pytest.FixtureRequest) -> EngineModel:
-    return load_engine_model(EngineConfig(model="bundled-draft", dtype=request.param))
+    return load_engine_model(EngineConfig(model=DRAFT, dtype=request.param))
 
 
 @pytest.fixture(scope="module")

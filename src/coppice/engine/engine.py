@@ -13,6 +13,7 @@ import time
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -20,7 +21,6 @@ from coppice.cache.pool import KVPool
 from coppice.cost import StepCost
 from coppice.engine.batch import BatchLayout
 from coppice.engine.config import EngineConfig
-from coppice.engine.grammar import GrammarCompiler
 from coppice.engine.loading import EngineModel
 from coppice.engine.messages import (
     CancelReason,
@@ -30,13 +30,16 @@ from coppice.engine.messages import (
     StepStats,
 )
 from coppice.engine.pages import SequencePages
-from coppice.engine.request import Request
+from coppice.engine.request import Grammar, Request
 from coppice.engine.sampler import SamplerState
 from coppice.engine.sequence import Sequence
 from coppice.engine.step import Choice, StepRunner
 from coppice.errors import ContextOverflowError, RequestError, RowFaultError
 from coppice.scheduling import Plan, Planner, Snapshot, StepPlanner
 from coppice.scheduling.planner import order_key
+
+if TYPE_CHECKING:
+    from coppice.engine.grammar import GrammarCompiler, GrammarState
 
 MAX_STEP_S = 0.25
 """Bound on a step, so that cancels, deadlines and arrivals act within two of them."""
@@ -67,13 +70,17 @@ class Engine:
         layout = model.decoder.kv_layout(config.page_size)
         num_pages = max(1, (config.kv_cache_mib << 20) // layout.page_bytes)
         self.num_pages = num_pages
-        self.context_length = min(model.facts.context_length, num_pages * config.page_size)
+        self.context_length = min(
+            config.context_length or model.facts.context_length,
+            model.facts.context_length,
+            num_pages * config.page_size,
+        )
         pool = KVPool(layout, num_pages)
         self.pages = SequencePages(pool, prefix_cache=config.prefix_cache)
         max_pages = -(-self.context_length // config.page_size) + 1
         self._batch = BatchLayout(config.max_rows, config.max_sequences, max_pages)
         self._runner = StepRunner(model.decoder, pool, self.pages, self._batch)
-        self._grammars = GrammarCompiler(model.tokenizer)
+        self._grammars: GrammarCompiler | None = None
         self._requests: dict[str, list[Sequence]] = {}
         self._held_back: dict[str, int] = {}
         self._running: list[Sequence] = []
@@ -213,10 +220,18 @@ class Engine:
                 choice_index=index,
                 eos_ids=sorted(self.model.eos_ids),
             ),
-            grammar=self._grammars.start(grammar) if grammar is not None else None,
+            grammar=None if grammar is None else self._start_grammar(grammar),
             max_tokens=room if wanted is None else min(room, wanted),
             submitted_s=self.clock(),
         )
+
+    def _start_grammar(self, grammar: Grammar) -> GrammarState:
+        """Compile (or find) a constraint; the compiler is made on its first use."""
+        if self._grammars is None:
+            from coppice.engine.grammar import GrammarCompiler  # noqa: PLC0415  slow to import
+
+            self._grammars = GrammarCompiler(self.model.tokenizer)
+        return self._grammars.start(grammar)
 
     def _enqueue(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=order_key)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from coppice.cache import Node
-from coppice.engine.grammar import GrammarState
 from coppice.engine.messages import FinishReason, TokenLogprob
 from coppice.engine.request import Request
 from coppice.engine.sampler import SamplerState
+
+if TYPE_CHECKING:
+    from coppice.engine.grammar import GrammarState
 
 
 @dataclass(slots=True, eq=False)
