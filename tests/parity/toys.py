@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 COMMON: dict[str, Any] = {
     "vocab_size": 211,
     "hidden_size": 48,
@@ -126,7 +129,12 @@ TOYS: dict[str, list[dict[str, Any]]] = {
     "phi3": [
         {**HEADS[0], "sliding_window": 33},
         {**HEADS[1], **longrope(6), **UNTIED},
-        {**HEADS[1], **longrope(4, partial_rotary_factor=0.75), **TIED},
+        {
+            **HEADS[1],
+            **longrope(6, partial_rotary_factor=0.75),
+            **TIED,
+            "hidden_size": 64,
+        },
     ],
     "olmo2": [
         {**HEADS[0], **UNTIED},
@@ -160,9 +168,6 @@ TOYS: dict[str, list[dict[str, Any]]] = {
 
 def reference(family: str, settings: dict[str, Any], seed: int) -> Any:
     """A transformers model with random weights, norms and biases included."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.for_model(family, **{**COMMON, **settings})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

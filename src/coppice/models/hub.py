@@ -25,8 +25,8 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: no network, no such model, or no permission.
     """
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  slow to import
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         found = snapshot_download(

@@ -123,7 +123,7 @@ def locate(model: str | Path) -> Path:
 
 
 def _open_gguf(path: Path) -> tuple[Checkpoint, Any]:
-    from coppice.models.gguf import open_gguf  # noqa: PLC0415  only where one is opened
+    from coppice.models.gguf import open_gguf
 
     file = open_gguf(path)
     return Checkpoint(path.parent, file.config, {}, file.source), file

@@ -141,9 +141,7 @@ def make_plan(config: ModelConfig, names: Collection[str]) -> DecoderPlan:
     )
 
 
-def _layer(
-    config: ModelConfig, spec: LayerSpec, at: str, names: Collection[str]
-) -> LayerPlan:
+def _layer(config: ModelConfig, spec: LayerSpec, at: str, names: Collection[str]) -> LayerPlan:
     hidden, head = config.hidden_size, config.head_dim
     q, kv = config.num_heads * head, config.num_kv_heads * head
     parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)]

@@ -416,7 +416,8 @@ def _qwen3_moe(f: Fields) -> ModelConfig:
     slides = f.flag("use_sliding_window")
     layers = _uniform(f, windowed=slides)
     f.used.add("sliding_window")
-    count = f.integer("num_local_experts", f.integer("num_experts"))
+    key = "num_experts" if "num_experts" in f.raw else "num_local_experts"  # old and new files
+    f.used |= {"num_experts", "num_local_experts"}
     bias = f.flag("attention_bias")
     return ModelConfig(
         **_base(f),
@@ -426,7 +427,7 @@ def _qwen3_moe(f: Fields) -> ModelConfig:
         ),
         experts=_experts(
             f,
-            count=count,
+            count=f.integer(key),
             intermediate_size=f.integer("moe_intermediate_size"),
             renormalize=f.flag("norm_topk_prob"),
         ),

@@ -217,9 +217,7 @@ def _llama3(spec: RopeSpec, inverse: Tensor) -> Tensor:
     )
     stretched = inverse / spec.factor
     mixed = (1 - blend) * stretched + blend * inverse
-    return torch.where(
-        wavelength > low, stretched, torch.where(wavelength < high, inverse, mixed)
-    )
+    return torch.where(wavelength > low, stretched, torch.where(wavelength < high, inverse, mixed))
 
 
 def _stretch(spec: RopeSpec) -> float:

@@ -117,9 +117,7 @@ def _whole(values: Any) -> bool:
     return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
 
-def _check_tiling(
-    entries: dict[str, TensorEntry], start: int, file_bytes: int, where: str
-) -> None:
+def _check_tiling(entries: dict[str, TensorEntry], start: int, file_bytes: int, where: str) -> None:
     """Tensors lie end to end: no overlap, no hole, nothing after the last."""
     reached, last = start, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1][3])):
@@ -191,7 +189,7 @@ class SafetensorsFile:
         out = torch.empty(entry.shape, dtype=dtype)
         if entry.size_bytes:
             raw = out.reshape(-1).view(torch.uint8).numpy()
-            self._read_into(memoryview(raw), entry.offset)
+            self._read_into(memoryview(raw.data), entry.offset)
         return out
 
     def _read_into(self, buffer: memoryview, offset: int) -> None:

@@ -44,7 +44,7 @@ def test_reads_a_folder(tmp_path):
     text = "Hello <|im_start|> 你好 <tool_call>"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     tokenizer.require_vocab(tokenizer.vocab_size)
-    with pytest.raises(CheckpointError, match="another|came with"):
+    with pytest.raises(CheckpointError, match="came with"):
         tokenizer.require_vocab(tokenizer.vocab_size - 1)
 
 
