@@ -33,7 +33,7 @@ def random_request(rng: random.Random, i: int) -> Request:
     prompt = shared + [rng.randrange(1, 200) for _ in range(rng.randint(1, 90))]
     params = SamplingParams(
         n=rng.choice((1, 1, 1, 2, 3)),
-        max_tokens=rng.randint(1, 24),
+        max_tokens=rng.choice((1, 5, 24, 100)),
         temperature=rng.choice((0.0, 1.0)),
         seed=i,
         ignore_eos=rng.random() < 0.5,
