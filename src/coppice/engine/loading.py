@@ -11,7 +11,7 @@ from torch import Tensor
 from coppice.cache.pool import KVPool
 from coppice.engine.config import EngineConfig
 from coppice.engine.messages import ModelFacts
-from coppice.kernels import describe, get_ops, set_num_threads
+from coppice.kernels import describe, num_threads, set_num_threads
 from coppice.kernels.rows import Rows
 from coppice.models.kv import KVLayout
 from coppice.models.load import LoadedModel, check_vocabulary, load_model
@@ -48,7 +48,8 @@ def load_engine_model(config: EngineConfig) -> EngineModel:
         CheckpointError: it is missing, damaged or not supported; nothing stays resident.
         ConfigError: settings that do not fit it.
     """
-    num_threads = set_num_threads(config.num_threads)
+    if config.num_threads is not None:
+        set_num_threads(config.num_threads)
     loaded = load_model(config.model, dtype=config.dtype, max_context=config.context_length)
     tokenizer = _tokenizer(loaded)
     check_vocabulary(loaded.config, tokenizer.vocab_size)
@@ -64,7 +65,7 @@ def load_engine_model(config: EngineConfig) -> EngineModel:
         page_size=config.page_size,
         num_pages=0,
         kernels=describe(),
-        num_threads=num_threads,
+        num_threads=num_threads(),
     )
     eos_ids = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_ids)
     return EngineModel(decoder=loaded.decoder, tokenizer=tokenizer, eos_ids=eos_ids, facts=facts)

@@ -135,7 +135,18 @@ void linear(LinearArgs a) {
            [&](int64_t task, float* scratch) { t.linear(a, task, scratch); });
 }
 
-void pack(const PackArgs& a) { chosen.load()->pack(a); }
+void pack(const PackArgs& a) {
+  const Table& t = *chosen.load();
+  const int64_t first_panel = a.first / 16, last_panel = (a.first + a.count - 1) / 16;
+  const int64_t row_bytes = a.k * (a.source_bf16 ? 2 : 4);
+  parallel(a.count > 0 ? last_panel - first_panel + 1 : 0, 0, [&](int64_t task, float*) {
+    PackArgs part = a;
+    part.first = std::max(a.first, (first_panel + task) * 16);
+    part.count = std::min(a.first + a.count, (first_panel + task + 1) * 16) - part.first;
+    part.source = static_cast<const char*>(a.source) + (part.first - a.first) * row_bytes;
+    t.pack(part);
+  });
+}
 
 void unpack(const PackArgs& a) { chosen.load()->unpack(a); }
 

@@ -198,16 +198,21 @@ COPPICE_INLINE float read_element(const void* p, int64_t i, bool is_bf16) {
   return is_bf16 ? to_float(static_cast<const bf16*>(p)[i]) : static_cast<const float*>(p)[i];
 }
 
+// Rows of one panel; k in short blocks, so that the lines written stay in L1.
 static void pack(const PackArgs& a) {
-  for (int64_t i = 0; i < a.count; ++i) {
-    const int64_t n = a.first + i, base = n / 16 * a.k * 16;
-    const int lane = (int)(n % 16), place = packed_place(lane);
-    for (int64_t j = 0; j < a.k; ++j) {
-      const float value = read_element(a.source, i * a.k + j, a.source_bf16);
-      if (a.is_bf16)
-        static_cast<bf16*>(a.weight)[base + j * 16 + place] = to_bf16(value);
-      else
-        static_cast<float*>(a.weight)[base + j * 16 + lane] = value;
+  constexpr int64_t BLOCK = 64;
+  for (int64_t j0 = 0; j0 < a.k; j0 += BLOCK) {
+    const int64_t end = min64(a.k, j0 + BLOCK);
+    for (int64_t i = 0; i < a.count; ++i) {
+      const int64_t n = a.first + i, base = n / 16 * a.k * 16;
+      const int lane = (int)(n % 16), place = packed_place(lane);
+      for (int64_t j = j0; j < end; ++j) {
+        const float value = read_element(a.source, i * a.k + j, a.source_bf16);
+        if (a.is_bf16)
+          static_cast<bf16*>(a.weight)[base + j * 16 + place] = to_bf16(value);
+        else
+          static_cast<float*>(a.weight)[base + j * 16 + lane] = value;
+      }
     }
   }
 }
