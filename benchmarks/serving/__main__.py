@@ -13,11 +13,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from tools.make_model import write_model
+
 from benchmarks.report import Goal, Report
 from benchmarks.serving.measure import Job, run_contender
 from benchmarks.workloads.azure import azure_lengths, text_tokens
 from coppice.models.load import locate
-from tools.make_model import write_model
 
 CONTENDERS = {
     "coppice": ("benchmarks.serving.coppice", ""),

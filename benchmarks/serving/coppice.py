@@ -15,7 +15,10 @@ def main() -> None:
     """Serve the job and report."""
     job = read_job()
     config = EngineConfig(
-        model=job.model, dtype=job.dtype, kv_cache_mib=2048, prefix_cache=False  # type: ignore[arg-type]
+        model=job.model,
+        dtype=job.dtype,
+        kv_cache_mib=2048,
+        prefix_cache=False,  # type: ignore[arg-type]
     )
     engine = Engine(load_engine_model(config), config)
     _serve(engine, _warm_up(job))
@@ -61,9 +64,7 @@ def _serve(engine: Engine, job: Job) -> tuple[list[float], list[float]]:
                     raise RuntimeError(f"{output.request_id}: {output.finish_reason}")
                 last[output.request_id] = now
     ttft = [first[k] - sent[k] for k in sent]
-    tpot = [
-        (last[k] - first[k]) / max(1, job.answers[int(k.split("-")[0])] - 1) for k in sent
-    ]
+    tpot = [(last[k] - first[k]) / max(1, job.answers[int(k.split("-")[0])] - 1) for k in sent]
     return ttft, tpot
 
 

@@ -30,8 +30,10 @@ def azure_lengths(
     """``count`` requests drawn in trace order from a random place.
 
     Args:
+        count: how many.
         divide: lengths are divided by this.
         max_context: longest prompt plus answer; longer requests are left out.
+        seed: decides the place.
         trace: ``conv`` or ``code``.
     """
     with gzip.open(DATA / "azure_llm_2023" / f"{trace}.csv.gz", "rt") as file:

@@ -89,6 +89,7 @@ class PrefixTree:
         """Offer one full, committed page after ``parent``; the node to go on from.
 
         Args:
+            parent: the node of the page before, or of the match this one follows.
             tokens: the page's ``page_size`` tokens.
             page: held by the caller. When the tree already has this run, the caller's
                 reference moves to the tree's page: read it from ``node.page``.

@@ -89,7 +89,7 @@ class Engine:
         self._arrivals = 0
         self._cost = StepCost()
         self._totals: Counter[str] = Counter()
-        self._seconds: Counter[str] = Counter()
+        self._seconds = {"model": 0.0, "other": 0.0}
         self.outcomes: Counter[str] = Counter()
 
     # -- what the outside calls ------------------------------------------------------------
@@ -200,7 +200,8 @@ class Engine:
             )
         if not 0 <= min(request.prompt) <= max(request.prompt) < self.model.facts.vocab_size:
             raise RequestError(
-                f"Token ids must lie between 0 and {self.model.facts.vocab_size - 1}.", param="prompt"
+                f"Token ids must lie between 0 and {self.model.facts.vocab_size - 1}.",
+                param="prompt",
             )
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
@@ -228,7 +229,7 @@ class Engine:
     def _start_grammar(self, grammar: Grammar) -> GrammarState:
         """Compile (or find) a constraint; the compiler is made on its first use."""
         if self._grammars is None:
-            from coppice.engine.grammar import GrammarCompiler  # noqa: PLC0415  slow to import
+            from coppice.engine.grammar import GrammarCompiler
 
             self._grammars = GrammarCompiler(self.model.tokenizer)
         return self._grammars.start(grammar)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import random
 import threading
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -19,7 +19,7 @@ from coppice.engine.messages import Output
 from coppice.engine.outputs import CompletionOutput, RequestOutput
 from coppice.engine.request import Request, SamplingParams
 from coppice.errors import ConfigError, EngineError, RequestError
-from coppice.models.template import render_chat
+from coppice.models.template import prepare_messages, render_chat
 from coppice.models.tokenizer import Tokenizer
 
 Prompt = str | Seq[int]
@@ -72,6 +72,7 @@ class LLM:
         config = EngineConfig.from_values(model=model, dtype=dtype, **settings)
         self._engine = Engine(load_engine_model(config), config)
         self._lock = threading.Lock()
+        self._random = random.Random(config.seed)
         self._count = 0
 
     @property
@@ -136,13 +137,23 @@ class LLM:
 
     def _render(self, messages: Any, tools: Any) -> list[int]:
         tokenizer = self.tokenizer
-        text = render_chat(tokenizer, messages, tools=tools)
+        template = tokenizer.chat_template(tools=tools is not None)
+        if template is None:
+            raise RequestError(
+                "This model has no chat template; use generate() with a prompt instead."
+            )
+        text = render_chat(
+            template,
+            prepare_messages(template, messages),
+            tools=tools,
+            special_tokens=tokenizer.special_tokens,
+        )
         return tokenizer.encode(text, add_special_tokens=False)
 
     def _request(self, prompt: Any, params: SamplingParams) -> Request:
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if params.seed is None:
-            params = msgspec.structs.replace(params, seed=secrets.randbits(63))
+            params = msgspec.structs.replace(params, seed=self._random.getrandbits(63))
         self._count += 1
         return Request(id=f"llm-{self._count}", prompt=tokens, sampling=params)
 
@@ -151,7 +162,9 @@ class LLM:
         try:
             for request, text in zip(requests, texts, strict=True):
                 self._engine.submit(request)
-                entry = live[request.id] = _Live(RequestOutput(request.id, text, request.prompt, []))
+                entry = live[request.id] = _Live(
+                    RequestOutput(request.id, text, request.prompt, [])
+                )
                 for index in range(request.sampling.n):
                     output = CompletionOutput(index)
                     entry.result.outputs.append(output)

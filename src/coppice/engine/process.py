@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -27,6 +28,10 @@ from coppice.engine.messages import (
 )
 from coppice.errors import CoppiceError
 
+if TYPE_CHECKING:
+    from coppice.engine.loop import EngineLoop
+
+HEAD_BYTES = 4
 MAX_FRAME = 256 << 20
 
 
@@ -51,9 +56,9 @@ def main() -> int:
 
 
 def _serve(connection: socket.socket, config: EngineConfig) -> int:
-    from coppice.engine.engine import Engine  # noqa: PLC0415  torch loads after the socket is up
-    from coppice.engine.loading import load_engine_model  # noqa: PLC0415
-    from coppice.engine.loop import EngineLoop  # noqa: PLC0415
+    from coppice.engine.engine import Engine
+    from coppice.engine.loading import load_engine_model
+    from coppice.engine.loop import EngineLoop
 
     engine = Engine(load_engine_model(config), config)
 
@@ -68,12 +73,12 @@ def _serve(connection: socket.socket, config: EngineConfig) -> int:
     return 0
 
 
-def _read(connection: socket.socket, loop: "EngineLoop") -> None:  # noqa: F821, UP037
+def _read(connection: socket.socket, loop: EngineLoop) -> None:
     """Put incoming messages into the inbox; end of file means the front end is gone."""
     with connection.makefile("rb") as stream:
         while True:
-            head = stream.read(4)
-            if len(head) < 4:
+            head = stream.read(HEAD_BYTES)
+            if len(head) < HEAD_BYTES:
                 break
             size = int.from_bytes(head, "little")
             body = stream.read(size) if size <= MAX_FRAME else b""

@@ -14,8 +14,8 @@ from torch import Tensor
 from coppice.cache.pool import KVPool
 from coppice.engine.batch import BatchLayout
 from coppice.engine.loading import Decoder
-from coppice.engine.pages import SequencePages
 from coppice.engine.messages import TokenLogprob
+from coppice.engine.pages import SequencePages
 from coppice.engine.sampler import FAULTS, sample
 from coppice.engine.sequence import Sequence
 from coppice.scheduling import Grant
@@ -104,14 +104,10 @@ def _choose(logits: Tensor, sequences: list[Sequence]) -> list[Choice]:
     masks = None
     if any(s.grammar is not None for s in sequences):
         masks = [None if s.grammar is None else s.grammar.mask() for s in sequences]
-    drawn = sample(
-        logits, [s.sampler for s in sequences], [s.num_tokens for s in sequences], masks
-    )
+    drawn = sample(logits, [s.sampler for s in sequences], [s.num_tokens for s in sequences], masks)
     tokens, faults = drawn.tokens.tolist(), drawn.faults.tolist()
     logprobs = drawn.logprobs or [None] * len(sequences)
     return [
         Choice(sequence, token, logprob, FAULTS[fault] if fault else None)
-        for sequence, token, logprob, fault in zip(
-            sequences, tokens, logprobs, faults, strict=True
-        )
+        for sequence, token, logprob, fault in zip(sequences, tokens, logprobs, faults, strict=True)
     ]

@@ -80,9 +80,7 @@ def _make_room(
     return -missing, preempted
 
 
-def _admit(
-    grants: dict[int, Grant], available: int, snapshot: Snapshot
-) -> list[SequenceView]:
+def _admit(grants: dict[int, Grant], available: int, snapshot: Snapshot) -> list[SequenceView]:
     left = snapshot.max_rows - sum(grant.num_rows for grant in grants.values())
     slots = snapshot.max_sequences - len(snapshot.running)
     headroom = len(grants)  # a page each for the decodes beside it, so as not to evict at once

@@ -65,8 +65,11 @@ def test_plan_keeps_its_invariants(snapshot: Snapshot) -> None:
     order = [id(s) for s in snapshot.waiting]
     assert [id(s) for s in plan.admit] == order[: len(plan.admit)], "a waiter was overtaken"
     need = sum(
-        max(0, pages_for(g.sequence.num_computed + g.num_rows, snapshot.page_size) -
-            g.sequence.num_pages)
+        max(
+            0,
+            pages_for(g.sequence.num_computed + g.num_rows, snapshot.page_size)
+            - g.sequence.num_pages,
+        )
         for g in plan.grants
     )
     kept = len(snapshot.running) - len(plan.preempt)
@@ -85,8 +88,15 @@ def test_some_running_sequence_always_gets_rows(snapshot: Snapshot) -> None:
 def test_victims_are_the_last_in_order() -> None:
     running = [View(33, 32, 2, 0, i) for i in range(4)]
     plan = StepPlanner().plan(
-        Snapshot(running=running, waiting=[], num_available=0, page_size=16, max_rows=64,
-                 max_sequences=8, prefill_chunk=64)
+        Snapshot(
+            running=running,
+            waiting=[],
+            num_available=0,
+            page_size=16,
+            max_rows=64,
+            max_sequences=8,
+            prefill_chunk=64,
+        )
     )
     assert [s.arrival for s in plan.preempt] == [3, 2]
     assert [g.sequence.arrival for g in plan.grants] == [0, 1]
@@ -95,8 +105,15 @@ def test_victims_are_the_last_in_order() -> None:
 def test_every_decode_runs_beside_a_long_prompt() -> None:
     running = [View(2000, 0, 1, 0, 0), *(View(33, 32, 3, 0, i) for i in range(1, 20))]
     plan = StepPlanner().plan(
-        Snapshot(running=running, waiting=[], num_available=1000, page_size=16, max_rows=64,
-                 max_sequences=32, prefill_chunk=512)
+        Snapshot(
+            running=running,
+            waiting=[],
+            num_available=1000,
+            page_size=16,
+            max_rows=64,
+            max_sequences=32,
+            prefill_chunk=512,
+        )
     )
     assert len(plan.grants) == 20
     assert sum(g.num_rows for g in plan.grants) == 64
@@ -106,8 +123,15 @@ def test_planning_stays_quick_at_scale() -> None:
     """At most 1 ms at 256 running and 1,000 waiting (median of 20; generous on a busy box)."""
     running = [View(33, 32, 3, 0, i) for i in range(256)]
     waiting = [View(100, 0, 0, 0, 256 + i) for i in range(1000)]
-    snapshot = Snapshot(running=running, waiting=waiting, num_available=10_000, page_size=16,
-                        max_rows=512, max_sequences=300, prefill_chunk=256)
+    snapshot = Snapshot(
+        running=running,
+        waiting=waiting,
+        num_available=10_000,
+        page_size=16,
+        max_rows=512,
+        max_sequences=300,
+        prefill_chunk=256,
+    )
     times = []
     for _ in range(20):
         began = time.perf_counter()
