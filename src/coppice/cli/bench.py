@@ -37,6 +37,7 @@ BenchSeed = Annotated[int, typer.Option("--bench-seed", help="Seed of prompts an
 @with_settings(EngineConfig)
 def latency(
     given: Given,
+    *,
     prompt_tokens: PromptTokens = 128,
     answer_tokens: AnswerTokens = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Requests measured.")] = 5,
@@ -75,6 +76,7 @@ def latency(
 @with_settings(EngineConfig)
 def serving(
     given: Given,
+    *,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 8,
     requests: Annotated[int, typer.Option(min=1, help="Requests measured.")] = 32,
     prompt_tokens: PromptTokens = 128,
@@ -148,18 +150,19 @@ def _report(llm: LLM, title: str, rows: Rows, *, as_json: bool) -> None:
 
     from coppice.cli.machine import machine_facts
 
+    facts = llm.engine.facts()
     if as_json:
         figures = {
             name.replace(" ", "_"): {"unit": unit} | _figures(value)
             for name, (value, unit) in rows.items()
         }
-        facts = {
+        report = {
             "title": title,
             "figures": figures,
-            "model": msgspec.to_builtins(llm.engine.facts()),
+            "model": msgspec.to_builtins(facts),
             "machine": machine_facts(),
         }
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(report, indent=2))
         return
     from rich.table import Table
 
@@ -167,7 +170,6 @@ def _report(llm: LLM, title: str, rows: Rows, *, as_json: bool) -> None:
     for name, (value, unit) in rows.items():
         table.add_row(name, *_cells(value), unit)
     out().print(table)
-    facts = llm.engine.facts()
     print_note(f"{facts.name}, {facts.weight_format}, {facts.kernels}, {facts.num_threads} threads")
 
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coppice.cli import sampling
+from coppice.cli.config import AnswerConfig
 from coppice.cli.console import err, print_error, print_note, write_answer
-from coppice.cli.load import load_llm
+from coppice.cli.load import engine_config, load_llm
 from coppice.cli.options import Given, with_settings
 from coppice.engine.config import EngineConfig
 from coppice.errors import CoppiceError
 from coppice.server.config import ServerConfig
+from coppice.settings import settings_of
 
 if TYPE_CHECKING:
     from coppice.cli.remote import RemoteChat
@@ -25,10 +26,11 @@ Messages = list[dict[str, str]]
 Ask = Callable[[Messages], Generator[str]]
 CountTokens = Callable[[str], int]
 
+LOCAL_SETTINGS = [item.name for room in (EngineConfig, AnswerConfig) for item in settings_of(room)]
 HELP = "/reset forgets the conversation, /quit leaves, Ctrl-C stops an answer."
 
 
-@with_settings(EngineConfig, ServerConfig, only=[*EngineConfig.__dataclass_fields__, "api_key"])
+@with_settings(EngineConfig, AnswerConfig, ServerConfig, only=[*LOCAL_SETTINGS, "api_key"])
 def chat(
     given: Given,
     model_argument: Annotated[
@@ -39,38 +41,26 @@ def chat(
         typer.Option(help="Talk to this server instead of loading a model.", metavar="URL"),
     ] = None,
     system: Annotated[str | None, typer.Option(help="Instructions put first.")] = None,
-    max_tokens: sampling.MaxTokens = 256,
-    temperature: sampling.Temperature = 0.8,
-    top_p: sampling.TopP = 0.95,
-    top_k: sampling.TopK = 0,
-    seed: sampling.Seed = None,
-    stop: sampling.Stop = None,
 ) -> None:
     """Talk with a model; the answer streams as it is made."""
-    fields = sampling.sampling_fields(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=stop,
-    )
-    resolved = given.resolve(EngineConfig, **sampling.model_of(given, model_argument))
+    answer = given.resolve(AnswerConfig).config
+    config = engine_config(given, model_argument)
     if url is None:
-        ask, count = _local(resolved.config, fields)
+        ask, count = _local(config, answer)
     else:
         from coppice.cli.remote import RemoteChat
 
-        named = resolved.config.model if resolved.origins["model"].kind == "flag" else None
         api_key = given.resolve(ServerConfig).config.api_key
-        ask, count = _remote(RemoteChat(url, api_key=api_key, model=named), fields)
+        named = model_argument or given.flags.get("model")
+        server = RemoteChat(url, api_key=api_key, model=None if named is None else str(named))
+        ask, count = _remote(server, {**answer.fields(), "seed": given.flags.get("seed")})
     start: Messages = [] if system is None else [{"role": "system", "content": system}]
     converse(ask, count, start)
 
 
-def _local(config: EngineConfig, fields: dict[str, Any]) -> tuple[Ask, CountTokens]:
+def _local(config: EngineConfig, answer: AnswerConfig) -> tuple[Ask, CountTokens]:
+    params = answer.params()
     llm = load_llm(config)
-    params = sampling.params_of(fields)
 
     def ask(messages: Messages) -> Generator[str]:
         yield from llm.stream(messages, params)
@@ -84,10 +74,13 @@ def _local(config: EngineConfig, fields: dict[str, Any]) -> tuple[Ask, CountToke
 def _remote(server: RemoteChat, fields: dict[str, Any]) -> tuple[Ask, CountTokens]:
     print_note(f"Talking to {server.model}.")
 
+    def ask(messages: Messages) -> Generator[str]:
+        yield from server.stream(messages, fields)
+
     def count(text: str) -> int:
         return int(server.usage.get("completion_tokens", 0))
 
-    return (lambda messages: server.stream(messages, fields)), count
+    return ask, count
 
 
 def converse(ask: Ask, count: CountTokens, start: Messages) -> None:

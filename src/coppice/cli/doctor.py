@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import json
 from typing import Annotated, Any
 
@@ -46,19 +46,20 @@ def kernel_facts(*, probe: bool) -> dict[str, Any]:
     A kernel room that cannot be loaded is a finding, not a crash: it is what this command
     is for.
     """
+    from coppice import kernels
+
     with err().status("Loading kernels"):
-        kernels = importlib.import_module("coppice.kernels")
         try:
-            facts: dict[str, Any] = {"operators": kernels.get_ops().name}
+            facts: dict[str, Any] = {
+                "operators": kernels.get_ops().name,
+                "description": kernels.describe(),
+                "instruction_sets": kernels.available_isas(),
+            }
         except (CoppiceError, ImportError, OSError) as error:
             return {"operators": "none", "error": str(error)}
-    describe = getattr(kernels, "describe", None)
-    if describe is not None:
-        facts["description"] = describe()
-    measure = getattr(kernels, "probe", None)
-    if probe and measure is not None:
+    if probe and kernels.native_available():
         with err().status("Measuring memory and multiply rates"):
-            facts["probe"] = dict(measure())
+            facts["probe"] = dataclasses.asdict(kernels.probe())
     return facts
 
 

@@ -69,7 +69,8 @@ def with_settings(
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             config = kwargs.pop("config")
             kwargs.pop("debug")
-            flags = {item.name: kwargs.pop(item.name) for item in items}
+            values = {item.name: kwargs.pop(item.name) for item in items}
+            flags = {name: None if value == [] else value for name, value in values.items()}
             sources = load_sources(ROOMS, config=config if isinstance(config, Path) else None)
             return command(Given(flags, sources), *args, **kwargs)
 
@@ -101,6 +102,7 @@ def _parameter(item: Setting) -> inspect.Parameter:
         names = f"{item.flag}/--no-{item.flag.removeprefix('--')}"
         option = typer.Option(names, help=text, show_default=False, rich_help_panel=panel)
         return _keyword(item.name, bool | None, option, None)
+    kind: Any = list[str] | None if item.kind is tuple else str | None  # lists: repeat the flag
     option = typer.Option(
         item.flag,
         help=text,
@@ -109,7 +111,7 @@ def _parameter(item: Setting) -> inspect.Parameter:
         show_default=False,
         rich_help_panel=panel,
     )
-    return _keyword(item.name, str | None, option, None)
+    return _keyword(item.name, kind, option, None)
 
 
 def _completer(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from coppice.cli.config import AnswerConfig
 from coppice.engine.config import EngineConfig
 from coppice.server.config import ServerConfig
 from coppice.settings import RoomConfig
 
-ROOMS: tuple[type[RoomConfig], ...] = (EngineConfig, ServerConfig)
+ROOMS: tuple[type[RoomConfig], ...] = (EngineConfig, ServerConfig, AnswerConfig)

@@ -9,16 +9,16 @@ from typing import Annotated
 
 import typer
 
-from coppice.cli import sampling
 from coppice.cli.batch import run_file
+from coppice.cli.config import AnswerConfig
 from coppice.cli.console import print_note, write_answer
-from coppice.cli.load import load_llm
+from coppice.cli.load import engine_config, load_llm
 from coppice.cli.options import Given, with_settings
 from coppice.engine.config import EngineConfig
 from coppice.errors import ConfigError
 
 
-@with_settings(EngineConfig)
+@with_settings(EngineConfig, AnswerConfig)
 def run(
     given: Given,
     prompt: Annotated[
@@ -35,41 +35,29 @@ def run(
     output_file: Annotated[
         Path | None, typer.Option("--output", help="Where the answers go, one line each.")
     ] = None,
-    max_tokens: sampling.MaxTokens = 128,
-    temperature: sampling.Temperature = 0.8,
-    top_p: sampling.TopP = 0.95,
-    top_k: sampling.TopK = 0,
-    seed: sampling.Seed = None,
-    stop: sampling.Stop = None,
 ) -> None:
     """Answer one prompt, or every line of a file, and exit.
 
     The answer goes to stdout, everything else to stderr:  coppice run "Once upon" > story.txt
     """
-    fields = sampling.sampling_fields(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=stop,
-    )
-    config = given.resolve(EngineConfig).config
+    answer = given.resolve(AnswerConfig).config
+    config = engine_config(given)
     if input_file is not None or output_file is not None:
         if input_file is None or output_file is None or prompt is not None:
             raise ConfigError("A batch takes --input and --output together, and no prompt.")
-        raise typer.Exit(run_file(config, input_file, output_file, defaults=fields))
+        raise typer.Exit(run_file(config, input_file, output_file, defaults=answer.fields()))
     text = _prompt(prompt)
+    params = answer.params()
     llm = load_llm(config)
-    begin = time.perf_counter()
-    answer = ""
     asked = text if raw else [{"role": "user", "content": text}]
-    for piece in llm.stream(asked, sampling.params_of(fields)):
-        answer += piece
+    begin = time.perf_counter()
+    pieces = []
+    for piece in llm.stream(asked, params):
+        pieces.append(piece)
         write_answer(piece)
     write_answer("\n")
     spent_s = time.perf_counter() - begin
-    num_tokens = len(llm.tokenizer.encode(answer, add_special_tokens=False))
+    num_tokens = len(llm.tokenizer.encode("".join(pieces), add_special_tokens=False))
     print_note(f"[{num_tokens} tokens, {num_tokens / spent_s:.1f} tok/s]")
 
 

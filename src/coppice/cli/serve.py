@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from coppice.cli.load import engine_config
 from coppice.cli.options import Given, with_settings
-from coppice.cli.sampling import model_of
 from coppice.engine.config import EngineConfig
 from coppice.server.config import ServerConfig
 
@@ -24,7 +24,7 @@ def serve(
     Without arguments this serves the bundled model on http://127.0.0.1:8000, with a chat page
     at /. Stop it with Ctrl-C: running answers get time to end.
     """
-    engine = given.resolve(EngineConfig, **model_of(given, model_argument)).config
+    engine = engine_config(given, model_argument)
     server = given.resolve(ServerConfig).config
     from coppice.server import run
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from coppice.cli.app import run
+from coppice.cli.config import AnswerConfig
 from coppice.cli.rooms import ROOMS
+from coppice.engine.config import EngineConfig
+from coppice.server.config import ServerConfig
 from coppice.settings import settings_of
 
 
@@ -25,15 +28,19 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert "Usage: coppice " + verb in capsys.readouterr().out
 
 
-def test_serve_has_a_flag_for_every_setting_of_every_room(
+def test_every_setting_has_a_flag(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert run(["serve", "--help"]) == 0
     text = capsys.readouterr().out
-    for room in ROOMS:
+    for room in (EngineConfig, ServerConfig):
         for item in settings_of(room):
             assert item.flag in text
+    assert run(["run", "--help"]) == 0
+    text = capsys.readouterr().out
+    for item in settings_of(AnswerConfig):
+        assert item.flag in text
 
 
 def test_settings_have_one_meaning_across_rooms() -> None:
