@@ -285,12 +285,21 @@ def _gemma2(m: Metadata) -> dict[str, Any]:
     }
 
 
+def _sliding_layers(m: Metadata, period: int) -> list[bool]:
+    """Which layers have a window: one flag per layer, or every ``period``-th layer has none."""
+    count = m.integer("block_count")
+    stored = m.reader.metadata.get(f"{m.architecture}.attention.sliding_window_pattern")
+    if isinstance(stored, np.ndarray):
+        if len(stored) != count:
+            raise CheckpointError(f"The sliding window pattern does not have {count} entries.")
+        return [bool(flag) for flag in stored]
+    period = max(m.integer("attention.sliding_window_pattern", period), 1)
+    return [(layer + 1) % period != 0 for layer in range(count)]
+
+
 def _gemma3(m: Metadata) -> dict[str, Any]:
-    period = m.integer("attention.sliding_window_pattern", _GEMMA3_PERIOD)
-    kinds = [
-        "full_attention" if (layer + 1) % max(period, 1) == 0 else "sliding_attention"
-        for layer in range(m.integer("block_count"))
-    ]
+    slides = _sliding_layers(m, _GEMMA3_PERIOD)
+    kinds = ["sliding_attention" if slide else "full_attention" for slide in slides]
     found = {
         "model_type": "gemma3_text",
         "hidden_activation": "gelu_pytorch_tanh",

@@ -90,7 +90,7 @@ def _q5_k(raw: Bytes) -> Floats:
     codes = _nibbles(low.reshape(-1, 4, 32)).reshape(-1, 8, 32)
     bits = np.arange(8, dtype=np.uint8)[None, :, None]
     fifth = (high[:, None, :] >> bits) & np.uint8(1)
-    return _k_affine(scale, minimum, packed, codes | (fifth << 4))
+    return _k_affine(scale, minimum, packed, codes | (fifth << np.uint8(4)))
 
 
 def _q6_k(raw: Bytes) -> Floats:

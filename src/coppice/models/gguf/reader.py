@@ -244,7 +244,7 @@ class GGUFReader:
         return StringArray(self._data, start, count)
 
     def _count(self, what: str) -> int:
-        count = self._number("Q")
+        count = int(self._number("Q"))
         if count > MAX_ENTRIES:
             raise self._wrong(f"it claims {count} {what} entries, more than {MAX_ENTRIES}")
         return count
