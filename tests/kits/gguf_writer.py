@@ -176,7 +176,7 @@ def split_experts(weights: dict[str, np.ndarray], model_type: str) -> dict[str, 
 
 def expert_of(name: str) -> int:
     """The expert's number in a tensor name."""
-    return int(name.split(".experts.")[1].split(".")[0])
+    return int(name.partition(".experts.")[2].partition(".")[0])
 
 
 def stack_name(name: str) -> str:

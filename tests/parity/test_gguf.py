@@ -63,7 +63,8 @@ WIDE_LLAMA = {
 
 
 def save(name: str, folder: Path, settings: dict[str, Any]) -> Path:
-    family = name.split("_")[0] if name.split("_")[0] not in ("gemma3", "qwen3") else name
+    first = name.partition("_")[0]
+    family = name if first in ("gemma3", "qwen3") else first
     reference(family, copy.deepcopy(settings), seed=42).save_pretrained(folder)
     return folder
 

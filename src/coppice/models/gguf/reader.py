@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coppice.errors import CheckpointError, UnsupportedModelError
-from coppice.models.gguf.quants import TYPES
+from coppice.models.gguf.quants import TYPES, Quant
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -46,6 +46,7 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
+_Entry = tuple[str, tuple[int, ...], Quant, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +166,11 @@ class GGUFReader:
         alignment = self._alignment()
         table = [self._tensor_entry() for _ in range(num_tensors)]
         base = -(-self._at // alignment) * alignment
-        for name, shape, kind, offset in table:
-            self._place(name, shape, kind, offset, base, alignment)
+        for entry in table:
+            self._place(entry, base, alignment)
         self._refuse_overlap()
 
-    def _tensor_entry(self) -> tuple[str, tuple[int, ...], str, int]:
+    def _tensor_entry(self) -> _Entry:
         name = self._text("a tensor name", MAX_KEY_BYTES)
         rank = self._number("I")
         if not 1 <= rank <= MAX_RANK:
@@ -182,17 +183,17 @@ class GGUFReader:
                 f"{self.path.name} stores {name[:80]!r} as GGML type {code}, which is not "
                 f"supported; use a file in one of {known}."
             )
-        return name, shape, TYPES[code].name, self._number("Q")
+        return name, shape, TYPES[code], self._number("Q")
 
-    def _place(
-        self, name: str, shape: tuple[int, ...], kind: str, offset: int, base: int, alignment: int
-    ) -> None:
+    def _place(self, entry: _Entry, base: int, alignment: int) -> None:
         """Add a tensor to the table after checking its span."""
+        name, shape, quant, offset = entry
         if name in self.tensors:
             raise self._wrong(f"tensor {name[:80]!r} appears twice")
-        quant = next(entry for entry in TYPES.values() if entry.name == kind)
         if min(shape) < 1 or shape[-1] % quant.block:
-            raise self._wrong(f"tensor {name[:80]!r} of type {kind} cannot have shape {shape}")
+            raise self._wrong(
+                f"tensor {name[:80]!r} of type {quant.name} cannot have shape {shape}"
+            )
         num_bytes = math.prod(shape) // quant.block * quant.block_bytes
         start = base + offset
         if offset % alignment or start + num_bytes > len(self._data):
@@ -200,7 +201,7 @@ class GGUFReader:
                 f"tensor {name[:80]!r} lies at offset {offset} with {num_bytes} bytes, outside "
                 f"the file of {len(self._data)} bytes or off its alignment {alignment}"
             )
-        self.tensors[name] = TensorInfo(name, shape, kind, start, num_bytes)
+        self.tensors[name] = TensorInfo(name, shape, quant.name, start, num_bytes)
 
     def _refuse_overlap(self) -> None:
         end, last = 0, ""

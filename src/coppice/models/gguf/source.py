@@ -102,6 +102,7 @@ class GGUFSource:
         step = _CHUNK_ELEMENTS // quant.block
         for block in range(0, count // quant.block, step):
             part = raw[block * quant.block_bytes : (block + step) * quant.block_bytes]
-            values = torch.from_numpy(dequantize(part, quant.name).copy())
+            decoded = dequantize(part, quant.name)  # F32: a read-only view of the file
+            values = torch.from_numpy(decoded if decoded.flags.writeable else decoded.copy())
             out[block * quant.block : block * quant.block + values.numel()] = values
         return out

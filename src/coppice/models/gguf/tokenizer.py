@@ -15,7 +15,7 @@ from tokenizers import Regex as TokenizerRegex
 from tokenizers import Tokenizer as Backend
 
 from coppice.errors import CheckpointError, UnsupportedModelError
-from coppice.models.gguf.pretokenizers import PRETOKENIZERS
+from coppice.models.gguf.pretokenizers import PRETOKENIZERS, PreTokenizer
 from coppice.models.gguf.reader import GGUFReader, StringArray
 from coppice.models.tokenizer import Tokenizer, TokenizerFacts
 
@@ -145,6 +145,13 @@ def _byte_level(parts: _Parts) -> Backend:
     backend = Backend(model)
     if pre.nfc:
         backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizer(pre)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def pre_tokenizer(pre: PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """The ``tokenizers`` object that splits text as ``pre`` says."""
     steps: list[Any] = [
         pre_tokenizers.Split(TokenizerRegex(pattern), behavior="isolated", invert=False)
         for pattern in pre.patterns
@@ -152,9 +159,7 @@ def _byte_level(parts: _Parts) -> Backend:
     if pre.single_digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pre.patterns))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    backend.decoder = decoders.ByteLevel()
-    return backend
+    return pre_tokenizers.Sequence(steps)
 
 
 def _sentencepiece(parts: _Parts) -> Backend:
