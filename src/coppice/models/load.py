@@ -15,19 +15,17 @@ import torch
 from coppice.errors import CheckpointError, ConfigError
 from coppice.kernels import get_ops
 from coppice.kernels.interface import Ops
-from coppice.models import hub
 from coppice.models.build import Progress, build_weights
 from coppice.models.checkpoint import Checkpoint, open_folder
 from coppice.models.config import ModelConfig
 from coppice.models.decoder import Decoder
+from coppice.models.locate import BUNDLED, locate
 from coppice.models.plan import make_plan
 from coppice.models.registry import read_config
 from coppice.models.source import TensorSource
 from coppice.weights import Kind
 
 DType = Literal["auto", "float32", "bfloat16"]
-BUNDLED = "bundled"
-
 _KINDS: dict[str, Kind] = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -101,27 +99,6 @@ def load_model(
         checkpoint.source.close()
 
 
-def locate(model: str | Path) -> Path:
-    """The folder or GGUF file a model name stands for, fetched from the hub if need be.
-
-    Raises:
-        CheckpointError: there is no such thing.
-    """
-    if model == BUNDLED:
-        return Path(__file__).parent / "bundled" / "target"
-    path = Path(model).expanduser()
-    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
-        return path
-    if path.is_file():
-        raise CheckpointError(f"{path} is a file; name its folder, or a .gguf file.")
-    if isinstance(model, str) and hub.is_hub_id(model):
-        return hub.fetch(model)
-    raise CheckpointError(
-        f"There is no model at {str(model)!r}; name a folder, a .gguf file, a hub id such as "
-        f"'Qwen/Qwen2.5-0.5B-Instruct', or {BUNDLED!r}."
-    )
-
-
 def _open_gguf(path: Path) -> tuple[Checkpoint, Any]:
     from coppice.models.gguf import open_gguf
 
@@ -159,7 +136,7 @@ def _load(
         weight_bytes=weights.nbytes,
         weight_format=source.format,
         dtype=dtype,
-        fingerprint=_fingerprint(checkpoint.config, source, dtype, ops, decoder.max_context),
+        fingerprint=_fingerprint(checkpoint.config, source, dtype, ops, decoder),
     )
 
 
@@ -173,9 +150,12 @@ def _with_generation(config: ModelConfig, generation: dict[str, Any]) -> ModelCo
 
 
 def _fingerprint(
-    config: dict[str, Any], source: TensorSource, dtype: str, ops: Ops, context: int
+    config: dict[str, Any], source: TensorSource, dtype: str, ops: Ops, decoder: Decoder
 ) -> str:
-    text = json.dumps([config, source.fingerprint(), dtype, ops.name, context], sort_keys=True)
+    """What cached keys and values depend on, as a digest."""
+    variants = [decoder.max_context > r.original for r in decoder.config.ropes if r.long_factor]
+    parts = [config, source.fingerprint(), dtype, ops.name, variants]
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
