@@ -18,6 +18,7 @@ from coppice.models.fields import Fields, short
 from coppice.models.rope import RopeSpec, max_context, read_rope
 
 MAX_LAYERS = 1024
+MAX_EXPERTS = 4096
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alibi": (False,),
@@ -439,6 +440,8 @@ def _qwen3_moe(f: Fields) -> ModelConfig:
 
 def _experts(f: Fields, *, count: int, **rest: Any) -> ExpertSpec:
     top_k = f.integer("num_experts_per_tok", 2)
+    if count > MAX_EXPERTS:
+        raise CheckpointError(f"{count} experts per layer are asked for; at most {MAX_EXPERTS}.")
     if top_k > count:
         raise CheckpointError(f"'num_experts_per_tok' is {top_k} but there are {count} experts.")
     return ExpertSpec(count=count, top_k=top_k, **rest)
