@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from exact import attention, rms_norm, rotate
 
 from coppice import kernels
 from coppice.kernels.rows import Rows
+from tests.unit.kernels.exact import attention, rms_norm, rotate
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -241,7 +241,9 @@ def test_rope_append(any_ops, qk_norm, rotary, dtype):
     if qk_norm == "head":
         q = rms_norm(q, weights["q_weight"], 1e-5)
         key = rms_norm(key, weights["k_weight"], 1e-5)
-    rough = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    rough = (
+        {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    )
     for i in range(count):
         cos, sin = cos_sin[start + i].double()
         page, offset = table[(start + i) // 8], (start + i) % 8

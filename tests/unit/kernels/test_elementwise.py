@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from exact import activation, rms_norm
 
 from coppice.kernels.interface import Activation
+from tests.unit.kernels.exact import activation, rms_norm
 
 KINDS = Activation.__args__
 

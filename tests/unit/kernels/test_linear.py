@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from exact import linear
 
 from coppice import kernels
 from coppice.errors import EngineError
+from tests.unit.kernels.exact import linear
 
 SHAPES = [(16, 16), (64, 48), (37, 7), (1, 1), (100, 1000), (272, 255), (896, 257)]
 BATCHES = [1, 2, 3, 5, 8, 16, 33, 64, 200]
