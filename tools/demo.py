@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import IO
@@ -70,9 +69,9 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> bool:
     """Poll readiness until the model is loaded, the server ends or time is up."""
     give_up = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < give_up and server.poll() is None:
-        with contextlib.suppress(OSError):
-            with urllib.request.urlopen(f"{url}/health/ready", timeout=5):
-                return True
+        ready = f"{url}/health/ready"
+        with contextlib.suppress(OSError), urllib.request.urlopen(ready, timeout=5):
+            return True
         time.sleep(0.1)
     return False
 
