@@ -57,6 +57,9 @@ export class Chat {
       const { scrollTop, scrollHeight, clientHeight } = this.scroller;
       this.stick = scrollHeight - scrollTop - clientHeight < 48;
     });
+    const keepEnd = new ResizeObserver(() => this.follow());
+    keepEnd.observe(this.scroller);
+    keepEnd.observe(this.list);
   }
 
   get busy() {
@@ -83,6 +86,11 @@ export class Chat {
 
   stop() {
     this.answer?.stop();
+  }
+
+  /** Stay at the end, unless the reader has scrolled away from it. */
+  follow() {
+    if (this.stick) this.scroller.scrollTop = this.scroller.scrollHeight;
   }
 
   clear() {
@@ -138,7 +146,7 @@ export class Chat {
       if (answer.text.length !== drawn) {
         drawn = answer.text.length;
         drawText(answer.body, answer.text);
-        if (this.stick) this.scroller.scrollTop = this.scroller.scrollHeight;
+        this.follow();
       }
       if (last) return;
       await new Promise((next) => (document.hidden ? setTimeout(next, 100) : requestAnimationFrame(next)));
@@ -159,7 +167,7 @@ export class Chat {
     }
     at("announce").textContent = problem ? `${problem.message} ${problem.advice ?? ""}`
       : answer.stopped ? "Stopped." : "The answer is complete.";
-    if (this.stick) this.scroller.scrollTop = this.scroller.scrollHeight;
+    this.follow();
   }
 
   againButton(label) {

@@ -38,6 +38,8 @@ function cells(root, wanted, name) {
 export function drawQueue({ running, waiting, waiting_tokens: tokens, preemptions }) {
   at("running").textContent = count(running);
   at("waiting").textContent = count(waiting);
+  at("strip-queue").textContent = !running && !waiting ? "idle"
+    : `${count(running)} running` + (waiting ? `, ${count(waiting)} waiting` : "");
   const shown = Math.min(running + waiting, MAX_DOTS);
   cells(at("queue-dots"), shown, (index) => (index < running ? "dot decode" : "dot queued"));
   const parts = [];
@@ -54,6 +56,7 @@ export function drawPages({ pages_used: used, pages_cached: cached, num_pages: p
   at("pages-used").textContent = count(used);
   at("pages-cached").textContent = count(cached);
   at("pages-free").textContent = count(free);
+  at("strip-pages").textContent = `${Math.ceil((100 * used) / Math.max(1, pages))}% of pages`;
   const wanted = Math.min(pages, MAX_CELLS);
   const share = (number) => (number ? Math.max(1, Math.round((number * wanted) / pages)) : 0);
   const usedCells = Math.min(share(used), wanted);

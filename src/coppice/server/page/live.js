@@ -7,6 +7,7 @@ const BUSY_MS = 400;
 const IDLE_MS = 1500;
 const RATE_WINDOW_MS = 1200;
 const SPARK_MS = 60_000;
+const UNUSED = { running: 0, waiting: 0, waiting_tokens: 0, preemptions: 0, pages_used: 0, pages_cached: 0 };
 const at = (id) => document.getElementById(id);
 const count = (number) => Math.round(number).toLocaleString("en");
 
@@ -53,9 +54,10 @@ export class Live {
 
   show(info) {
     this.onInfo(info);
-    const engine = info.engine;
+    if (info.engine) this.measure(info.engine);
+    // An engine that has taken no step yet has told nothing: nothing runs, all pages are free.
+    const engine = info.engine ?? (info.model && { ...UNUSED, num_pages: info.model.num_pages });
     if (engine) {
-      this.measure(engine);
       drawQueue(engine);
       drawPages(engine, info.model?.page_size);
     }
@@ -78,7 +80,7 @@ export class Live {
     const promptRate = seconds ? (sample.prompt - first.prompt) / seconds : 0;
     this.rates.push({ at: now, rate });
     while (this.rates[0].at < now - SPARK_MS) this.rates.shift();
-    at("rate").textContent = rate < 10 && rate > 0 ? rate.toFixed(1) : count(rate);
+    at("rate").textContent = at("strip-rate").textContent = rate < 10 && rate > 0 ? rate.toFixed(1) : count(rate);
     at("prompt-rate").textContent = count(promptRate);
     const model = sample.modelS - first.modelS;
     const all = model + sample.otherS - first.otherS;
