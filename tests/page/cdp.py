@@ -124,9 +124,15 @@ class Browser:
 
     def open(self, url: str) -> None:
         """Go to a page and wait until it has loaded."""
+        self.leave()
         self.events.clear()
         self.send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
+
+    def leave(self) -> None:
+        """Go to an empty page, so that nothing asks a server any more."""
+        self.send("Page.navigate", url="about:blank")
+        self.wait("location.href === 'about:blank' && document.readyState === 'complete'")
 
     def text(self, selector: str) -> str:
         """The text a person sees in an element."""

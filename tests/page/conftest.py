@@ -21,10 +21,11 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def browser(chromium: Browser) -> Browser:
+def browser(chromium: Browser) -> Iterator[Browser]:
     chromium.size(1280, 820)
     chromium.scheme("light")
-    return chromium
+    yield chromium
+    chromium.leave()
 
 
 @pytest.fixture

@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parents[2] / "src/coppice/server/page"
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -69,7 +74,8 @@ class State:
                 "running": len(self.running), "waiting": 0, "waiting_tokens": 0,
                 "pages_used": min(used, PAGES), "pages_cached": min(len(self.ended), 8),
                 "num_pages": PAGES, "generated_tokens": self.generated, "prompt_tokens": 0,
-                "preemptions": 0, "model_s": 0.95 * self.generated, "other_s": 0.05 * self.generated,
+                "preemptions": 0, "model_s": 0.95 * self.generated,
+                "other_s": 0.05 * self.generated,
             },
             "timeline": {
                 "now_s": time.monotonic(), "requests": [*self.running.values(), *self.ended],
@@ -152,7 +158,9 @@ class _Handler(BaseHTTPRequestHandler):
             if number == state.breaks_after:
                 return "failed"
             if number == state.fails_after:
-                self._event({"error": {"message": "The engine process died.", "code": "engine_dead"}})
+                self._event(
+                    {"error": {"message": "The engine process died.", "code": "engine_dead"}}
+                )
                 self._raw(b"data: [DONE]\n\n")
                 return "failed"
             self._event({"choices": [{"index": 0, "delta": {"content": piece}}]})

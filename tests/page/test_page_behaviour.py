@@ -161,6 +161,12 @@ def test_a_locked_server_gets_its_key_from_the_settings(
     browser.open(stand_in.url)
     browser.wait("document.querySelector('#settings').open")
     assert browser.evaluate("document.activeElement.id") == "api-key"
+    browser.type("not the key")
+    browser.key("Enter")
+    browser.wait("!document.querySelector('#settings').open")
+    browser.wait("document.querySelector('#settings').open")
+    assert browser.evaluate("document.querySelector('#key-why').textContent")
+    browser.evaluate("document.querySelector('#api-key').select()")
     browser.type(KEY)
     browser.key("Enter")
     browser.wait("document.querySelector('#state').dataset.state === 'ok'")
@@ -175,7 +181,12 @@ def test_settings_reach_the_request_and_survive_a_reload(
 ) -> None:
     stand_in.state.answer = ["Yes."]
     browser.open(stand_in.url)
-    for field, value in (("system", "Be brief."), ("temperature", 0.3), ("max-tokens", 12), ("seed", 7)):
+    for field, value in (
+        ("system", "Be brief."),
+        ("temperature", 0.3),
+        ("max-tokens", 12),
+        ("seed", 7),
+    ):
         browser.click("#show-settings")
         browser.evaluate(
             f"(f => {{ f.value = {json.dumps(value)};"

@@ -77,9 +77,7 @@ class Timeline:
         """
         records = [record for owner, record in self._ended if tenant in (None, owner)]
         records += [
-            self._record(call)
-            for call in self._live.values()
-            if tenant in (None, call.key.tenant)
+            self._record(call) for call in self._live.values() if tenant in (None, call.key.tenant)
         ]
         records.sort(key=lambda record: record.arrived_s, reverse=True)
         return {"now_s": self._clock(), "requests": [asdict(record) for record in records[:shown]]}

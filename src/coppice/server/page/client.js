@@ -22,9 +22,9 @@ export function setApiKey(key) {
 
 /** What went wrong, in words: `message` says what happened, `advice` what to do. */
 export class Problem extends Error {
-  constructor(message, { advice = "", code = "", status = 0, retryAfterS = 0 } = {}) {
+  constructor(message, { advice = "", code = "", status = 0 } = {}) {
     super(message);
-    Object.assign(this, { advice, code, status, retryAfterS });
+    Object.assign(this, { advice, code, status, key: "" });
   }
 }
 
@@ -35,7 +35,8 @@ export class Problem extends Error {
  */
 export async function call(path, { method = "GET", body, headers = {}, signal, keepalive } = {}) {
   const sent = { ...headers };
-  if (apiKey()) sent.Authorization = `Bearer ${apiKey()}`;
+  const key = apiKey();
+  if (key) sent.Authorization = `Bearer ${key}`;
   if (body !== undefined) sent["Content-Type"] = "application/json";
   let reply;
   try {
@@ -49,7 +50,7 @@ export async function call(path, { method = "GET", body, headers = {}, signal, k
       code: "unreachable", advice: "Check that “coppice serve” still runs, then try again.",
     });
   }
-  if (!reply.ok) throw await problemOf(reply);
+  if (!reply.ok) throw Object.assign(await problemOf(reply), { key });
   return reply;
 }
 
@@ -67,7 +68,7 @@ async function problemOf(reply) {
 function makeProblem(told, status, retryAfterS = 0) {
   const code = String(told.code ?? "");
   const message = told.message ? String(told.message) : `The server answered ${status}.`;
-  return new Problem(message, { code, status, retryAfterS, advice: adviceFor(code, status, retryAfterS) });
+  return new Problem(message, { code, status, advice: adviceFor(code, status, retryAfterS) });
 }
 
 function adviceFor(code, status, retryAfterS) {

@@ -1,7 +1,7 @@
 // Wires the page together.
 
 import { Chat } from "./chat.js";
-import { Problem, call } from "./client.js";
+import { Problem, apiKey, call } from "./client.js";
 import { Live } from "./live.js";
 import { startSettings, startTheme } from "./settings.js";
 
@@ -46,8 +46,9 @@ const capital = (text) => text[0].toUpperCase() + text.slice(1);
 /** Problems that concern the whole page; the chat shows its own. */
 function heed(problem) {
   if (problem.status === 401) {
+    if (problem.key !== apiKey()) return; // asked before the key was given
     showState("locked");
-    if (!askedForKey) drawer.askForKey();
+    if (!askedForKey) drawer.askForKey(problem.message);
     askedForKey = true;
   } else if (problem.code === "unreachable" || problem.name === "TimeoutError") {
     showState("unreachable");
@@ -83,6 +84,7 @@ async function begin() {
   try {
     modelName = (await (await call("v1/models")).json()).data[0]?.id ?? "";
     delete at("key-field").dataset.wanted;
+    at("key-why").textContent = "";
   } catch (error) {
     heed(error);
   }

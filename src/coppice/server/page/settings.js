@@ -78,9 +78,10 @@ export function startSettings({ onKey }) {
     onKey();
   });
   return {
-    askForKey() {
+    askForKey(why) {
       open();
       at("key-field").dataset.wanted = "yes";
+      at("key-why").textContent = why;
       at("api-key").focus();
     },
   };
