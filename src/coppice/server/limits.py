@@ -11,6 +11,7 @@ from coppice.errors import LimitError
 from coppice.server.config import ServerConfig
 from coppice.server.errors import BodyProblem, send_error
 from coppice.server.guard import header
+from coppice.server.http_protocol import MAX_HEADER_BYTES
 
 MAX_HEADER_LINES = 100
 MIN_RATE_BYTES_S = 1024
@@ -39,7 +40,13 @@ class BodyLimits:
         await self._app(scope, _Counted(receive, self._max_bytes, self._timeout_s), send)
 
     def _check_headers(self, scope: Scope) -> None:
-        if len(scope["headers"]) > MAX_HEADER_LINES:
+        headers = scope["headers"]
+        # The parser bounds headers that are still coming; these came in one piece.
+        if sum(len(k) + len(v) for k, v in headers) > MAX_HEADER_BYTES:
+            raise LimitError(
+                f"Headers exceed {MAX_HEADER_BYTES} bytes.", status=431, code="headers_too_large"
+            )
+        if len(headers) > MAX_HEADER_LINES:
             raise LimitError(f"More than {MAX_HEADER_LINES} header lines.", status=431,
                              code="headers_too_large")  # fmt: skip
         encoding = header(scope, b"content-encoding")
