@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coppice.models.kv import KVLayout as KVLayout
+from coppice.models.kv import KVLayout
 
 
 class KVPool:
@@ -14,18 +14,17 @@ class KVPool:
     Args:
         layout: shapes and dtype.
         num_pages: pages to hold; memory is touched as pages are first written.
-        device: where the tensors live.
     """
 
-    def __init__(self, layout: KVLayout, num_pages: int, device: str = "cpu") -> None:
+    def __init__(self, layout: KVLayout, num_pages: int) -> None:
         shape = (num_pages, layout.num_kv_heads, layout.page_size, layout.head_dim)
         self.layout = layout
         self.num_pages = num_pages
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         for _ in range(layout.num_layers):
-            self.k.append(torch.zeros(shape, dtype=layout.dtype, device=device))
-            self.v.append(torch.zeros(shape, dtype=layout.dtype, device=device))
+            self.k.append(torch.zeros(shape, dtype=layout.dtype, device=layout.device))
+            self.v.append(torch.zeros(shape, dtype=layout.dtype, device=layout.device))
 
     def copy_page(self, src: int, dst: int) -> None:
         """Copy one page's K and V of every layer (copy-on-write of a shared tail)."""

@@ -6,7 +6,7 @@ pass reads these arrays and knows nothing else about where a row came from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -50,6 +50,12 @@ class Rows:
     def num_rows(self) -> int:
         """``T``."""
         return self.token.shape[0]
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on ``device``; itself when they are there already."""
+        if self.token.device == device:
+            return self
+        return Rows(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
 
     @classmethod
     def chunk(cls, tokens: list[int], pages: list[int], start: int = 0) -> Rows:

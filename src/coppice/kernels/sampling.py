@@ -80,6 +80,11 @@ ROW = np.dtype(
 )
 """A row's parameters as the native sampler reads them (``struct Row`` there)."""
 
+_ARRAYS = ("bias_ids", "bias_values", "banned_ids", "seen_ids", "seen_counts", "seen_prompt")
+_SCALARS = tuple(
+    name for name in ROW.names or () if name not in (*_ARRAYS, "seed", "num_bias", "reserved")
+)
+
 
 class RowParams:
     """Sampling parameters of one sequence in the form kernels read; made once, then reused.
@@ -126,13 +131,10 @@ class RowParams:
         """Write everything into the record that `address` points to."""
         record = self._record[0]
         record["seed"] = np.uint64(self.seed)
-        for name in (
-            "top_p inv_temperature log_min_p repetition presence frequency top_k vocab_size "
-            "num_top num_banned num_seen"
-        ).split():
+        for name in _SCALARS:
             record[name] = getattr(self, name)
         record["num_bias"] = len(self.bias_ids)
-        for name in "bias_ids bias_values banned_ids seen_ids seen_counts seen_prompt".split():
+        for name in _ARRAYS:
             record[name] = _address(getattr(self, name))
 
     def set_num_banned(self, num_banned: int) -> None:

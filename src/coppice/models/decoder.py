@@ -95,6 +95,7 @@ class Decoder:
             head_dim=config.head_dim,
             page_size=page_size,
             dtype=self._kv_dtype,
+            device=torch.device(self._ops.device),
         )
 
     def forward(self, rows: Rows, pool: KVPages) -> Tensor:
@@ -107,6 +108,7 @@ class Decoder:
             EngineError: a position is beyond ``max_context``.
         """
         ops, weights, config = self._ops, self.weights, self.config
+        rows = rows.to(ops.device)
         self._reach(rows)
         x = weights.embedding.gather(rows.token)  # [T, hidden]
         if self._scale != 1.0:

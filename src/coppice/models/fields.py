@@ -10,6 +10,8 @@ from coppice.errors import CheckpointError, UnsupportedModelError
 MAX_DIM = 1 << 24
 """No dimension of a real model is larger; anything above is a damaged or hostile file."""
 
+MAX_NUMBER = 1e30
+
 
 class Fields:
     """A JSON object read key by key, remembering which keys were used.
@@ -72,7 +74,7 @@ class Fields:
             raise CheckpointError(f"{self.where} lacks {key!r}; the checkpoint is incomplete.")
         if isinstance(found, bool) or not isinstance(found, (int, float)):
             raise self.wrong(key, found, "a number")
-        if abs(found) > 1e30 or found != found or (positive and found <= 0):  # noqa: PLR0124 NaN
+        if not abs(found) <= MAX_NUMBER or (positive and found <= 0):  # NaN compares false
             raise self.wrong(key, found, "a finite number above 0" if positive else "finite")
         return float(found)
 

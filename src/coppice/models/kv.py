@@ -18,6 +18,7 @@ class KVLayout:
     head_dim: int
     page_size: int
     dtype: torch.dtype
+    device: torch.device
 
     @property
     def page_bytes(self) -> int:

@@ -136,7 +136,7 @@ def _load(
         weight_bytes=weights.nbytes,
         weight_format=source.format,
         dtype=dtype,
-        fingerprint=_fingerprint(checkpoint.config, source, dtype, ops, decoder.max_context),
+        fingerprint=_fingerprint(checkpoint.config, source, dtype, ops, decoder),
     )
 
 
@@ -150,9 +150,12 @@ def _with_generation(config: ModelConfig, generation: dict[str, Any]) -> ModelCo
 
 
 def _fingerprint(
-    config: dict[str, Any], source: TensorSource, dtype: str, ops: Ops, context: int
+    config: dict[str, Any], source: TensorSource, dtype: str, ops: Ops, decoder: Decoder
 ) -> str:
-    text = json.dumps([config, source.fingerprint(), dtype, ops.name, context], sort_keys=True)
+    """What cached keys and values depend on, as a digest."""
+    variants = [decoder.max_context > r.original for r in decoder.config.ropes if r.long_factor]
+    parts = [config, source.fingerprint(), dtype, ops.name, variants]
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

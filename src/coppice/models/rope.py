@@ -297,6 +297,10 @@ class RopeTable:
         """
         if positions > self._context:
             raise EngineError(f"Position {positions - 1} is beyond the context {self._context}.")
+        with torch.inference_mode():  # the table may have been made in it
+            self._fill(positions)
+
+    def _fill(self, positions: int) -> None:
         while self._filled < positions:
             start, stop = self._filled, min(self._filled + _BLOCK, self._context)
             angle = torch.arange(start, stop, device=self.cos_sin.device).float()[:, None]

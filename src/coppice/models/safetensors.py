@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from torch import Tensor
 from coppice.errors import CheckpointError, UnsupportedModelError
 from coppice.models.fields import short
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 32 << 20
 MAX_TENSORS = 1_000_000
 MAX_RANK = 4
 
@@ -107,8 +108,8 @@ def _entry(where: str, fields: Any, start: int, file_bytes: int) -> TensorEntry:
     needed = math.prod(shape) * (_BITS[dtype] // 8)
     if end - begin != needed:
         raise CheckpointError(
-            f"{where} of shape {short(shape)} and dtype {dtype} needs {short(needed)} bytes "
-            f"but spans {end - begin}."
+            f"{where} of shape {short(shape)} and dtype {dtype} does not fit the "
+            f"{end - begin} bytes it spans."
         )
     return TensorEntry(dtype, tuple(shape), start + begin, end - begin)
 
@@ -143,16 +144,19 @@ class SafetensorsFile:
         self.name = path.name
         self._fd = -1
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._size = os.fstat(self._fd).st_size
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            status = os.fstat(self._fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path} is not a regular file.")
+            self._size = status.st_size
             self._header = self._read_header()
+            self.entries = parse_header(self._header, self._size, self.name)
         except OSError as error:
             self.close()
             raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from None
         except CheckpointError:
             self.close()
             raise
-        self.entries = parse_or_close(self)
 
     def _read_header(self) -> bytes:
         length = int.from_bytes(os.pread(self._fd, _LENGTH_BYTES, 0), "little")
@@ -167,10 +171,6 @@ class SafetensorsFile:
                 "are read."
             )
         return os.pread(self._fd, length, _LENGTH_BYTES)
-
-    def parse(self) -> dict[str, TensorEntry]:
-        """The checked header."""
-        return parse_header(self._header, self._size, self.name)
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, in fresh memory.
@@ -195,7 +195,10 @@ class SafetensorsFile:
     def _read_into(self, buffer: memoryview, offset: int) -> None:
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"Cannot read {self.name}: {error.strerror}.") from None
             if count == 0:
                 raise CheckpointError(f"{self.name} shrank while it was read; load it again.")
             done += count
@@ -214,15 +217,6 @@ class SafetensorsFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def parse_or_close(file: SafetensorsFile) -> dict[str, TensorEntry]:
-    """Parse the header of an open file, closing it if the header is bad."""
-    try:
-        return file.parse()
-    except CheckpointError:
-        file.close()
-        raise
 
 
 class SafetensorsSource:

@@ -53,6 +53,7 @@ class NativeOps:
 
     def __init__(self) -> None:
         self.name = f"native {_native.isa()}"
+        self.device = torch.device("cpu")
         self._rows: Rows | None = None
         self._row_arrays: _native.RowArrays | None = None
 
