@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +17,7 @@ from coppice.server.http_protocol import MAX_HEADER_BYTES
 MAX_HEADER_LINES = 100
 MIN_RATE_BYTES_S = 1024
 RATE_GRACE_S = 5.0
+DISCARD_S = 1.0
 _BODY_METHODS = ("POST", "PUT", "PATCH")
 
 
@@ -35,6 +37,7 @@ class BodyLimits:
         try:
             self._check_headers(scope)
         except LimitError as error:
+            await _discard(receive, self._max_bytes)
             await send_error(scope, receive, send, error)
             return
         await self._app(scope, _Counted(receive, self._max_bytes, self._timeout_s), send)
@@ -96,6 +99,8 @@ class _Counted:
             self._size += len(message.get("body", b""))
             self._complete = not message.get("more_body", False)
             if self._size > self._max_bytes:
+                if not self._complete:
+                    await _discard(self._receive, self._max_bytes)
                 raise BodyProblem(
                     LimitError(
                         f"The body is larger than {self._max_bytes} bytes.", code="body_too_large"
@@ -107,3 +112,18 @@ class _Counted:
         """Time until the total limit or the lowest allowed rate is passed."""
         by_rate = RATE_GRACE_S + self._size / MIN_RATE_BYTES_S
         return max(0.0, self._started + min(self._timeout_s, by_rate) - time.monotonic())
+
+
+async def _discard(receive: Receive, max_bytes: int) -> None:
+    """Read some of a body nobody wants, so that its sender gets to read the refusal.
+
+    A socket closed with unread bytes is reset, and the reply lost on the way.
+    """
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_S):
+            while size <= max_bytes:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return

@@ -8,14 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from coppice.engine.request import Grammar
-from coppice.engine.toolcalls import (
-    ArgumentsDelta,
-    CallBegin,
-    ContentDelta,
-    ToolEvent,
-    ToolPlan,
-    plan_tools,
-)
+from coppice.engine.tool_parser import ArgumentsDelta, CallBegin, ContentDelta, ToolEvent
+from coppice.engine.toolcalls import ToolPlan, plan_tools
 from coppice.errors import RequestError
 from coppice.server import convert
 from coppice.server.protocol.chat import ChatRequest, NamedToolChoice
