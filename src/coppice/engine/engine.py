@@ -232,7 +232,7 @@ class Engine:
             from coppice.engine.grammar import GrammarCompiler
 
             self._grammars = GrammarCompiler(self.model.tokenizer)
-        return self._grammars.start(grammar)
+        return self._grammars.compile(grammar)
 
     def _enqueue(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=order_key)
@@ -297,8 +297,6 @@ class Engine:
             return
         sequence.tokens.append(token)
         sequence.sampler.accept(token)
-        if sequence.grammar is not None:
-            sequence.grammar.accept(token)
         if choice.logprob is not None:
             sequence.logprobs.append(choice.logprob)
         if not sequence.first_token_s:

@@ -284,11 +284,6 @@ class RopeTable:
             inverse, self._scale = frequencies(spec, context)
             self._inverse = inverse.to(like.device)
 
-    @property
-    def complete(self) -> bool:
-        """Every position is filled."""
-        return self._filled == self._context
-
     def reach(self, positions: int) -> None:
         """Fill the table for positions below ``positions``.
 
@@ -297,8 +292,9 @@ class RopeTable:
         """
         if positions > self._context:
             raise EngineError(f"Position {positions - 1} is beyond the context {self._context}.")
-        with torch.inference_mode():  # the table may have been made in it
-            self._fill(positions)
+        if positions > self._filled:
+            with torch.inference_mode():  # the table may have been made in it
+                self._fill(positions)
 
     def _fill(self, positions: int) -> None:
         while self._filled < positions:
