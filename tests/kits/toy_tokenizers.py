@@ -12,7 +12,7 @@ from tokenizers.trainers import BpeTrainer
 TEXT = [
     "The quick brown fox jumps over the lazy dog. " * 3,
     "It was the best of times, it was the worst of times; déjà vu, naïve café.",
-    "你好，世界！こんにちは 🙂🙃 👩‍👩‍👧 Здравствуй, мир",
+    "你好,世界!こんにちは 🙂🙃 👩‍👩‍👧 Здравствуй, мир",
     "def main():\n    print('hello world')\n\n\treturn 0  # stop stopping stops",
 ]
 BYTE_LEVEL_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

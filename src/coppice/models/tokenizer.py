@@ -114,6 +114,19 @@ class Tokenizer:
         text = _read_text(path, MAX_FILE_BYTES)
         return cls(parse_backend(text, str(path)), _folder_facts(root))
 
+    @classmethod
+    def open(cls, path: str | Path) -> Tokenizer:
+        """Read the tokenizer of a model: a checkpoint folder or a ``.gguf`` file.
+
+        Raises:
+            CheckpointError, UnsupportedModelError: as `from_folder` and ``open_gguf``.
+        """
+        if Path(path).suffix == ".gguf":
+            from coppice.models.gguf.file import open_tokenizer
+
+            return open_tokenizer(path)
+        return cls.from_folder(path)
+
     def encode(
         self, text: str, *, add_special_tokens: bool = True, max_chars: int | None = None
     ) -> list[int]:
