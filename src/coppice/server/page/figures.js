@@ -85,9 +85,9 @@ function notePages({ prefix_queried_tokens: asked, prefix_hit_tokens: found }, e
   const parts = [];
   const square = each === 1 ? "One page" : `${each} pages`;
   if (beyond > 0) parts.push(`${square} per square, ${count(beyond)} more free.`);
-  if (asked) parts.push(`${Math.round((100 * found) / asked)}% of prompt tokens came from the cache.`);
+  if (asked) parts.push(`${Math.round((100 * found) / asked)}% of prompt tokens were cached.`);
   at("pages-note").hidden = !parts.length;
-  at("pages-note").textContent = parts.join(" ");
+  at("pages-note").textContent = parts.join("\n");
 }
 
 const PHASES = ["queued", "prefill", "decode"];
