@@ -82,6 +82,7 @@ def stream_answer(url: str) -> None:
         "model": "bundled",
         "messages": [{"role": "user", "content": PROMPT}],
         "max_tokens": MAX_TOKENS,
+        "min_tokens": MAX_TOKENS // 2,  # a small model may end after a word
         "temperature": 0.8,
         "seed": 7,
         "stream": True,

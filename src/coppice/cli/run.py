@@ -30,7 +30,7 @@ def run(
     ] = False,
     input_file: Annotated[
         Path | None,
-        typer.Option("--input", help="JSON lines, one request each; see the reference."),
+        typer.Option("--input", help="JSON lines, one request each."),
     ] = None,
     output_file: Annotated[
         Path | None, typer.Option("--output", help="Where the answers go, one line each.")
@@ -38,7 +38,7 @@ def run(
 ) -> None:
     """Answer one prompt, or every line of a file, and exit.
 
-    The answer goes to stdout, everything else to stderr:  coppice run "Once upon" > story.txt
+    The answer goes to stdout, everything else to stderr.
     """
     answer = given.resolve(AnswerConfig).config
     config = engine_config(given)
