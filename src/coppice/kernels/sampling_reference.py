@@ -121,6 +121,7 @@ def _logprobs(raw: F32, num_top: int, out: Choices, i: int) -> None:
     top, log_z = log_sum_exp(raw)
     out.logprobs[i] = (float(raw[out.tokens[i]]) - top) - log_z
     best = np.argsort(-raw, kind="stable")[:num_top]
+    best = best[raw[best] > -np.inf]
     out.top_ids[i, : len(best)] = best
     out.top_logprobs[i, : len(best)] = (raw[best].astype(np.float64) - top) - log_z
 
