@@ -29,8 +29,9 @@ const auto first = std::greater<uint64_t>();
 
 struct Scratch {
   std::vector<float> x, y, saved;
-  Keys keys;
+  Keys keys, room;
   std::vector<uint64_t> masses;
+  uint64_t histogram[BUCKETS];
 };
 
 void add_penalties(float* x, int64_t n, const SamplerRow& row) {
@@ -87,22 +88,28 @@ const float* process(const float* raw, int64_t n, const SamplerRow& row, const i
   return x;
 }
 
+void collect(const Logits& in, float floor, const SamplerTable& lanes, Scratch& s) {
+  if (s.room.size() <= static_cast<size_t>(in.n)) s.room.resize(in.n + 1);
+  const int64_t count = lanes.collect(in, floor, s.room.data());
+  s.keys.assign(s.room.begin(), s.room.begin() + count);
+}
+
 // The first k keys of the order, unsorted (fewer when there are fewer finite logits).
-void collect_top(const Logits& in, int64_t k, const SamplerTable& lanes, Keys& keys) {
-  constexpr int64_t CHUNK = 2048;
+void collect_top(const Logits& in, int64_t k, const SamplerTable& lanes, Scratch& s) {
+  // Of four times as many classes of tokens, the k-th highest top is a bound: k tokens at
+  // least reach it, and seldom many more.
+  const int64_t num_vectors = (4 * k + 15) / 16;
   float floor = -FLT_MAX;
-  int64_t count = 0;
-  for (int64_t begin = 0; begin < in.n; begin += CHUNK) {
-    keys.resize(count + CHUNK);
-    const int64_t end = std::min(in.n, begin + CHUNK);
-    count += lanes.collect(in, begin, end, floor, keys.data() + count);
-    if (count >= 2 * k + CHUNK || (count > k && end == in.n)) {
-      std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.begin() + count, first);
-      count = k;
-      floor = key_y(keys[k - 1]);
-    }
+  if (k < in.n / 8) {
+    s.y.resize(16 * num_vectors);
+    lanes.class_tops(in, num_vectors, s.y.data());
+    std::nth_element(s.y.begin(), s.y.begin() + (k - 1), s.y.end(), std::greater<float>());
+    floor = std::max(floor, s.y[k - 1]);
   }
-  keys.resize(count);
+  collect(in, floor, lanes, s);
+  if (static_cast<int64_t>(s.keys.size()) <= k) return;
+  std::nth_element(s.keys.begin(), s.keys.begin() + (k - 1), s.keys.end(), first);
+  s.keys.resize(k);
 }
 
 uint64_t mass_of(const Keys& keys, int64_t begin, int64_t end, const SamplerTable& lanes,
@@ -116,10 +123,11 @@ uint64_t mass_of(const Keys& keys, int64_t begin, int64_t end, const SamplerTabl
   return sum;
 }
 
-// The key at which the mass, summed in order, reaches the target; keys before it come first.
-uint64_t reach(Keys& keys, uint64_t target, const SamplerTable& lanes, Scratch& s) {
-  int64_t low = 0, high = static_cast<int64_t>(keys.size());
-  uint64_t before = 0;
+// The key at which the mass, summed in order from keys[low] on, reaches the target. Keys
+// before low come first in the order and weigh `before`.
+uint64_t reach(Keys& keys, int64_t low, uint64_t before, uint64_t target,
+               const SamplerTable& lanes, Scratch& s) {
+  int64_t high = static_cast<int64_t>(keys.size());
   while (high - low > 64) {
     const int64_t middle = low + (high - low) / 2;
     std::nth_element(keys.begin() + low, keys.begin() + middle, keys.begin() + high, first);
@@ -140,30 +148,44 @@ uint64_t reach(Keys& keys, uint64_t target, const SamplerTable& lanes, Scratch& 
   return keys[high - 1];
 }
 
-Cut cut_of(const Logits& in, const SamplerRow& row, const SamplerTable& lanes, Scratch& s) {
-  Cut cut{NEVER, in.n};
+// The last key that top_p keeps of the whole vocabulary; s.keys gets it and all before it.
+uint64_t last_of_mass(const Logits& in, double top_p, const SamplerTable& lanes, Scratch& s) {
+  lanes.mass_histogram(in, s.histogram);
+  uint64_t total = 0, before = 0;
+  for (const uint64_t mass : s.histogram) total += mass;
+  const auto target = static_cast<uint64_t>(top_p * static_cast<double>(total));
+  int bucket = 0;
+  while (bucket < BUCKETS - 1 && before + s.histogram[bucket] < target)
+    before += s.histogram[bucket++];
+  const float upper = static_cast<float>(-bucket) / BUCKETS_PER_NAT;
+  collect(in, bucket == BUCKETS - 1 ? -FLT_MAX : upper - 1.0f / BUCKETS_PER_NAT, lanes, s);
+  const auto split = std::partition(s.keys.begin(), s.keys.end(),
+                                    [&](uint64_t key) { return key_y(key) > upper; });
+  return reach(s.keys, split - s.keys.begin(), before, target, lanes, s);
+}
+
+// Steps top_k, top_p, min_p and the choice. With top_k or top_p, s.keys lists candidates.
+int64_t draw(const Logits& in, const SamplerRow& row, int64_t position, int64_t top_token,
+             const SamplerTable& lanes, Scratch& s) {
+  const uint64_t at = static_cast<uint64_t>(position);
   const bool top_k = row.top_k > 0 && row.top_k < in.n;
+  if (!top_k && row.top_p >= 1.0)
+    return lanes.draw(in, {row.log_min_p, in.n}, row.seed, at, top_token);
+  if (top_k) collect_top(in, row.top_k, lanes, s);
   uint64_t last = 0;
-  if (top_k) {
-    collect_top(in, row.top_k, lanes, s.keys);
-    last = *std::min_element(s.keys.begin(), s.keys.end());
+  if (row.top_p < 1.0 && top_k) {
+    const uint64_t total = mass_of(s.keys, 0, static_cast<int64_t>(s.keys.size()), lanes, s);
+    const auto target = static_cast<uint64_t>(row.top_p * static_cast<double>(total));
+    last = reach(s.keys, 0, 0, target, lanes, s);
+  } else if (row.top_p < 1.0) {
+    last = last_of_mass(in, row.top_p, lanes, s);
   }
-  if (row.top_p < 1.0) {
-    const int64_t all = static_cast<int64_t>(s.keys.size());
-    const uint64_t total =
-        top_k ? mass_of(s.keys, 0, all, lanes, s) : lanes.mass_above(in, NEVER);
-    const uint64_t target = static_cast<uint64_t>(row.top_p * static_cast<double>(total));
-    if (!top_k) {  // few tokens near the top hold most of the mass
-      float floor = -2.0f;
-      while (floor > -64.0f && lanes.mass_above(in, floor) < target) floor *= 2.0f;
-      s.keys.resize(in.n);
-      s.keys.resize(lanes.collect(in, 0, in.n, floor, s.keys.data()));
-    }
-    last = reach(s.keys, target, lanes, s);
-  }
-  if (top_k || row.top_p < 1.0) cut = {key_y(last), key_token(last)};
-  if (row.log_min_p > cut.y) cut = {row.log_min_p, in.n};
-  return cut;
+  const auto dropped = [&](uint64_t key) { return key < last || key_y(key) < row.log_min_p; };
+  s.keys.erase(std::remove_if(s.keys.begin(), s.keys.end(), dropped), s.keys.end());
+  const int64_t count = static_cast<int64_t>(s.keys.size());
+  if (count <= in.n / 8) return lanes.draw_listed(s.keys.data(), count, row.seed, at);
+  const uint64_t cut = *std::min_element(s.keys.begin(), s.keys.end());
+  return lanes.draw(in, {key_y(cut), key_token(cut)}, row.seed, at, top_token);
 }
 
 // ../sampling_reference.py: _log
@@ -181,14 +203,14 @@ double log_fixed(double x) {
 void add_logprobs(const SampleArgs& a, int64_t i, float top, int64_t num_top,
                   const SamplerTable& lanes, Scratch& s) {
   const float* raw = a.logits + i * a.vocab;
-  const uint64_t total = lanes.mass_above({raw, a.vocab, top, 1.0f}, NEVER);
+  const uint64_t total = lanes.total_mass({raw, a.vocab, top, 1.0f});
   const double log_z = log_fixed(static_cast<double>(total)) - MASS_BITS * LN2;
   const auto logprob = [&](int64_t token) {
     return (static_cast<double>(raw[token]) - static_cast<double>(top)) - log_z;
   };
   a.logprob[i] = logprob(a.token[i]);
   if (num_top <= 0) return;
-  collect_top({raw, a.vocab, 0.0f, 1.0f}, num_top, lanes, s.keys);
+  collect_top({raw, a.vocab, 0.0f, 1.0f}, num_top, lanes, s);
   std::sort(s.keys.begin(), s.keys.end(), first);
   for (size_t k = 0; k < s.keys.size(); ++k) {
     a.top_token[i * a.top_columns + k] = static_cast<int32_t>(key_token(s.keys[k]));
@@ -218,8 +240,7 @@ void sample_row(const SampleArgs& a, int64_t i, const SamplerTable& lanes) {
   int64_t token = lanes.find(x, n, top);
   if (row.inv_temperature > 0.0f) {
     const Logits in{x, n, top, row.inv_temperature};
-    const Cut cut = cut_of(in, row, lanes, s);
-    token = lanes.draw(in, cut, row.seed, static_cast<uint64_t>(a.position[i]), token);
+    token = draw(in, row, a.position[i], token, lanes, s);
   }
   a.token[i] = static_cast<int32_t>(token);
   if (row.num_top >= 0)

@@ -19,13 +19,20 @@ struct Cut {
   int64_t token;
 };
 
+// Bucket b of a mass histogram holds y in (-(b + 1) / 32, -b / 32]; the last one the rest.
+constexpr int BUCKETS = 1024;
+constexpr float BUCKETS_PER_NAT = 32.0f;
+
 struct SamplerTable {
   bool (*scan)(const float* x, int64_t n, float* top);
   int64_t (*find)(const float* x, int64_t n, float value);
-  uint64_t (*mass_above)(const Logits&, float floor);
+  void (*class_tops)(const Logits&, int64_t num_vectors, float* tops);
+  uint64_t (*total_mass)(const Logits&);
+  void (*mass_histogram)(const Logits&, uint64_t* histogram);
   void (*masses)(const float* y, int64_t n, uint64_t* out);
-  int64_t (*collect)(const Logits&, int64_t begin, int64_t end, float floor, uint64_t* keys);
+  int64_t (*collect)(const Logits&, float floor, uint64_t* keys);
   void (*noise)(uint64_t seed, uint64_t position, int64_t n, float* out);
+  int64_t (*draw_listed)(const uint64_t* keys, int64_t count, uint64_t seed, uint64_t position);
   int64_t (*draw)(const Logits&, const Cut&, uint64_t seed, uint64_t position, int64_t top_token);
 };
 

@@ -41,6 +41,7 @@ COPPICE_INLINE bool any(vi mask) {
   return all != 0;
 #endif
 }
+COPPICE_INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 COPPICE_INLINE bool any_at_least(V16 a, V16 b) {
   vi found = {};
   COPPICE_EACH found |= (vi)(a.v[i] >= b.v[i]);
@@ -109,20 +110,20 @@ COPPICE_INLINE uint64_t magic_bits() {
   return bits;
 }
 
-// Sum of the masses of tokens with y >= floor.
-static uint64_t sampler_mass_above(const Logits& in, float floor) {
-  const V16 least = splat(floor), zero = splat(0.0f);
+// Sum of all masses. Below -32 a mass rounds to zero, so blocks down there are passed over.
+static uint64_t sampler_total_mass(const Logits& in) {
+  const V16 least = splat(-32.0f);
   uint64_t sum[16] = {};
-  int64_t blocks = 0;
+  uint64_t blocks = 0;
   for (int64_t i = 0; i < in.n; i += 16) {
     const V16 y = scaled(in, i);
     if (!any_at_least(y, least)) continue;
-    add_biased_masses(where_less(y, least, zero, sampler_exp(y)), sum);
+    add_biased_masses(sampler_exp(y), sum);
     ++blocks;
   }
   uint64_t total = 0;
   for (int i = 0; i < 16; ++i) total += sum[i];
-  return total - 16 * (uint64_t)blocks * magic_bits();
+  return total - 16 * blocks * magic_bits();
 }
 
 static void sampler_masses(const float* y, int64_t n, uint64_t* out) {
@@ -133,20 +134,48 @@ static void sampler_masses(const float* y, int64_t n, uint64_t* out) {
   }
 }
 
-// Keys of tokens begin .. end-1 with y >= floor; returns how many.
-static int64_t sampler_collect(const Logits& in, int64_t begin, int64_t end, float floor,
-                               uint64_t* keys) {
+// Keys of tokens with y >= floor; returns how many. keys has room for n + 1.
+static int64_t sampler_collect(const Logits& in, float floor, uint64_t* keys) {
   const V16 least = splat(floor);
   int64_t count = 0;
-  for (int64_t i = begin; i < end; i += 16) {
+  for (int64_t i = 0; i < in.n; i += 16) {
     const V16 y = scaled(in, i);
     if (!any_at_least(y, least)) continue;
     float s[16];
     store16(s, y);
-    for (int64_t k = 0; k < 16 && i + k < end; ++k)
-      if (s[k] >= floor) keys[count++] = token_key(s[k], (int32_t)(i + k));
+    for (int64_t k = 0; k < 16 && i + k < in.n; ++k)
+      keys[count] = token_key(s[k], (int32_t)(i + k)), count += s[k] >= floor;
   }
   return count;
+}
+
+static void sampler_mass_histogram(const Logits& in, uint64_t* histogram) {
+  const V16 least = splat(-32.0f), last = splat(BUCKETS - 1.0f);
+  for (int b = 0; b < BUCKETS; ++b) histogram[b] = 0;
+  for (int64_t i = 0; i < in.n; i += 16) {
+    const V16 y = scaled(in, i);
+    if (!any_at_least(y, least)) continue;
+    uint64_t mass[16] = {};
+    add_biased_masses(sampler_exp(y), mass);
+    const V16 place = y * splat(-BUCKETS_PER_NAT);  // exact
+    int32_t bucket[16];
+    COPPICE_EACH {
+      const vf inside = choose((vi)(place.v[i] < last.v[i]), place.v[i], last.v[i]);
+      const vi whole = __builtin_convertvector(inside, vi);
+      memcpy(bucket + i * W, &whole, sizeof(whole));
+    }
+    for (int k = 0; k < 16; ++k) histogram[bucket[k]] += mass[k] - magic_bits();
+  }
+}
+
+// The highest y of each class of tokens that agree modulo 16 * num_vectors.
+static void sampler_class_tops(const Logits& in, int64_t num_vectors, float* tops) {
+  const int64_t stride = 16 * num_vectors;
+  for (int64_t first = 0; first < stride; first += 16) {
+    V16 high = splat(minus_infinity());
+    for (int64_t i = first; i < in.n; i += stride) high = max(high, load_at(in.x, i, in.n));
+    store16(tops + first, (high - splat(in.top)) * splat(in.inv_temperature));
+  }
 }
 
 typedef uint64_t vq __attribute__((vector_size(4 * W)));
@@ -218,7 +247,6 @@ COPPICE_INLINE void split(vf x, vf* exponent, vf* f) {
   *exponent = __builtin_convertvector(power, vf);
   *f = (vf)(bits - (power << 23)) - every(1.0f);
 }
-COPPICE_INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 
 // ../noise.py: exponential, then gumbel; k is the word's top 31 bits.
 COPPICE_INLINE vf one_minus_uniform(vi k) {
@@ -262,6 +290,47 @@ static void sampler_noise(uint64_t seed, uint64_t position, int64_t n, float* ou
   }
 }
 
+// One token's word, as philox computes it for a whole group.
+static uint32_t word_of(uint64_t token, uint64_t seed, uint64_t position) {
+  uint32_t c[4] = {(uint32_t)(token / 64 * 16 + token % 16), (uint32_t)position,
+                   (uint32_t)(position >> 32), 0};
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = (uint64_t)c[0] * 0xD2511F53u, b = (uint64_t)c[2] * 0xCD9E8D57u;
+    c[0] = (uint32_t)(b >> 32) ^ c[1] ^ k0;
+    c[2] = (uint32_t)(a >> 32) ^ c[3] ^ k1;
+    c[1] = (uint32_t)b;
+    c[3] = (uint32_t)a;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c[token % 64 / 16];
+}
+
+// argmax of y + noise over a list of tokens, lowest id on a tie.
+static int64_t sampler_draw_listed(const uint64_t* keys, int64_t count, uint64_t seed,
+                                   uint64_t position) {
+  float best = minus_infinity();
+  int64_t chosen = -1;
+  for (int64_t i = 0; i < count; i += 16) {
+    const int64_t part = min64(16, count - i);
+    float y[16] = {}, score[16];
+    uint32_t word[16] = {};
+    for (int64_t k = 0; k < part; ++k) {
+      y[k] = key_y(keys[i + k]);
+      word[k] = word_of((uint64_t)key_token(keys[i + k]), seed, position);
+    }
+    Words words;
+    memcpy(words.w[0], word, sizeof(word));
+    store16(score, load16(y) + gumbel16(words, 0));
+    for (int64_t k = 0; k < part; ++k) {
+      const int64_t token = key_token(keys[i + k]);
+      if (score[k] > best || (score[k] == best && token < chosen)) best = score[k], chosen = token;
+    }
+  }
+  return chosen;
+}
+
 // argmax of y + noise over tokens at or above the cut, lowest id on a tie. Noise is bounded,
 // so most tokens are dropped by their logit, most others by the bound on their noise.
 static int64_t sampler_draw(const Logits& in, const Cut& cut, uint64_t seed, uint64_t position,
@@ -284,7 +353,8 @@ static int64_t sampler_draw(const Logits& in, const Cut& cut, uint64_t seed, uin
     if (!any_at_least(high, least) || !any_at_least(high + most_noise, splat(bar))) continue;
     const Words words = philox((uint32_t)(i / 64), seed, position);
     for (int j = 0; j < 4; ++j) {
-      if (!any_at_least(y[j] + gumbel_bound(words, j), splat(bar))) continue;
+      if (!any_at_least(y[j] + gumbel_bound(words, j), splat(bar)) || !any_at_least(y[j], least))
+        continue;
       float score[16], value[16];
       store16(score, y[j] + gumbel16(words, j));
       store16(value, y[j]);
@@ -300,8 +370,9 @@ static int64_t sampler_draw(const Logits& in, const Cut& cut, uint64_t seed, uin
 }
 
 static const SamplerTable sampler_table = {
-    sampler_scan,    sampler_find,  sampler_mass_above, sampler_masses,
-    sampler_collect, sampler_noise, sampler_draw,
+    sampler_scan,           sampler_find,    sampler_class_tops, sampler_total_mass,
+    sampler_mass_histogram, sampler_masses,  sampler_collect,    sampler_noise,
+    sampler_draw_listed,    sampler_draw,
 };
 
 }  // namespace COPPICE_ISA
