@@ -12,7 +12,7 @@ from tokenizers.trainers import BpeTrainer
 TEXT = [
     "The quick brown fox jumps over the lazy dog. " * 3,
     "It was the best of times, it was the worst of times; déjà vu, naïve café.",
-    "你好，世界！こんにちは 🙂🙃 👩‍👩‍👧 Здравствуй, мир",
+    "你好,世界!こんにちは 🙂🙃 👩‍👩‍👧 Здравствуй, мир",
     "def main():\n    print('hello world')\n\n\treturn 0  # stop stopping stops",
 ]
 BYTE_LEVEL_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -54,6 +54,22 @@ def byte_fallback(strip: bool = True) -> Tokenizer:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if strip else [])])
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def metaspace() -> Tokenizer:
+    """SentencePiece-style pieces without byte tokens, with the ``Metaspace`` decoder."""
+    tokenizer = byte_fallback()
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return tokenizer
+
+
+def words() -> Tokenizer:
+    """Whole words and no decoder at all: ``decode`` puts spaces between them."""
+    vocab = {word: index for index, word in enumerate(["<unk>", "a", "b", "stop", ".", "<e>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<e>"])
     return tokenizer
 
 

@@ -23,8 +23,8 @@ class KVPool:
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         for _ in range(layout.num_layers):
-            self.k.append(torch.zeros(shape, dtype=layout.dtype, device=layout.device))
-            self.v.append(torch.zeros(shape, dtype=layout.dtype, device=layout.device))
+            self.k.append(torch.empty(shape, dtype=layout.dtype, device=layout.device))
+            self.v.append(torch.empty(shape, dtype=layout.dtype, device=layout.device))
 
     def copy_page(self, src: int, dst: int) -> None:
         """Copy one page's K and V of every layer (copy-on-write of a shared tail)."""

@@ -232,7 +232,7 @@ class Engine:
             from coppice.engine.grammar import GrammarCompiler
 
             self._grammars = GrammarCompiler(self.model.tokenizer)
-        return self._grammars.start(grammar)
+        return self._grammars.compile(grammar)
 
     def _enqueue(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=order_key)
@@ -297,8 +297,6 @@ class Engine:
             return
         sequence.tokens.append(token)
         sequence.sampler.accept(token)
-        if sequence.grammar is not None:
-            sequence.grammar.accept(token)
         if choice.logprob is not None:
             sequence.logprobs.append(choice.logprob)
         if not sequence.first_token_s:
@@ -370,7 +368,7 @@ def _report(sequence: Sequence) -> Output:
         cached_tokens=sequence.cached_tokens if first else 0,
         error=sequence.error,
         times=(sequence.submitted_s, sequence.scheduled_s, sequence.first_token_s)
-        if ended
+        if first or ended
         else None,
     )
 

@@ -18,6 +18,8 @@ from coppice.engine.messages import TokenLogprob
 from coppice.engine.pages import SequencePages
 from coppice.engine.sampler import FAULTS, sample
 from coppice.engine.sequence import Sequence
+from coppice.errors import CoppiceError
+from coppice.kernels.sampling import Mask
 from coppice.scheduling import Grant
 
 
@@ -100,14 +102,37 @@ class StepRunner:
 
 
 def _choose(logits: Tensor, sequences: list[Sequence]) -> list[Choice]:
-    """One token for each sequence from its row of ``logits [W, V]``."""
+    """One token for each sequence from its row of ``logits [W, V]``.
+
+    A constraint that fails takes its own row with it and no other.
+    """
+    faults: dict[int, str] = {}
     masks = None
     if any(s.grammar is not None for s in sequences):
-        masks = [None if s.grammar is None else s.grammar.mask() for s in sequences]
+        masks = [_mask(s, i, faults) for i, s in enumerate(sequences)]
     drawn = sample(logits, [s.sampler for s in sequences], [s.num_tokens for s in sequences], masks)
-    tokens, faults = drawn.tokens.tolist(), drawn.faults.tolist()
+    tokens = drawn.tokens.tolist()
+    for i, code in enumerate(drawn.faults.tolist()):
+        if code:
+            faults.setdefault(i, FAULTS[code])
+    for i, sequence in enumerate(sequences):
+        if sequence.grammar is not None and i not in faults:
+            try:
+                sequence.grammar.accept(tokens[i])
+            except CoppiceError as error:
+                faults[i] = error.message
     logprobs = drawn.logprobs or [None] * len(sequences)
     return [
-        Choice(sequence, token, logprob, FAULTS[fault] if fault else None)
-        for sequence, token, logprob, fault in zip(sequences, tokens, logprobs, faults, strict=True)
+        Choice(sequence, tokens[i], logprobs[i], faults.get(i))
+        for i, sequence in enumerate(sequences)
     ]
+
+
+def _mask(sequence: Sequence, row: int, faults: dict[int, str]) -> Mask | None:
+    if sequence.grammar is None:
+        return None
+    try:
+        return sequence.grammar.mask()
+    except CoppiceError as error:
+        faults[row] = error.message
+        return None

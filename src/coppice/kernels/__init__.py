@@ -63,12 +63,12 @@ def get_ops(device: str = "cpu", prefer: Backend | None = None) -> Ops:
         )
     if on_cpu and prefer != "reference":
         if native_available():
-            from coppice.kernels.native import NativeOps  # noqa: PLC0415
+            from coppice.kernels.native import NativeOps
 
             _start_pool()
             return NativeOps()
         _warn_slow()
-    from coppice.kernels.reference import ReferenceOps  # noqa: PLC0415
+    from coppice.kernels.reference import ReferenceOps
 
     return ReferenceOps(device)
 
@@ -77,7 +77,7 @@ def num_threads() -> int:
     """Threads the native kernels use, the caller's included; 1 where they are not built."""
     if not native_available():
         return 1
-    from coppice.kernels import _native  # noqa: PLC0415
+    from coppice.kernels import _native
 
     _start_pool()
     return _native.num_threads()
@@ -92,7 +92,7 @@ def set_num_threads(threads: int | None = None) -> None:
     if wanted < 1:
         raise ConfigError(f"The number of threads must be at least 1, not {wanted}.")
     if native_available():
-        from coppice.kernels import _native  # noqa: PLC0415
+        from coppice.kernels import _native
 
         _start_pool()
         if _native.num_threads() != wanted:
@@ -103,7 +103,7 @@ def available_isas() -> list[str]:
     """Instruction sets the native kernels can use here, best first; empty if not built."""
     if not native_available():
         return []
-    from coppice.kernels import _native  # noqa: PLC0415
+    from coppice.kernels import _native
 
     return _native.available()
 
@@ -112,7 +112,7 @@ def set_isa(name: str) -> None:
     """Use one of `available_isas` (tests compare them; the best is chosen by default)."""
     if name not in available_isas():
         raise ConfigError(f"This machine cannot run {name}; choose from {available_isas()}.")
-    from coppice.kernels import _native  # noqa: PLC0415
+    from coppice.kernels import _native
 
     _native.set_isa(name)
 
@@ -121,7 +121,7 @@ def describe() -> str:
     """What `get_ops` gives on the CPU: for example ``"native avx2, 2 threads"``."""
     if not native_available():
         return "reference (PyTorch); native kernels are not built"
-    from coppice.kernels import _native  # noqa: PLC0415
+    from coppice.kernels import _native
 
     threads = num_threads()
     return f"native {_native.isa()}, {threads} thread{'s' if threads > 1 else ''}"
@@ -148,9 +148,9 @@ def probe(size_bytes: int = 256 << 20) -> Probe:
     """
     if not native_available():
         raise ConfigError("Probing needs the native kernels; reinstall coppice with g++ present.")
-    import torch  # noqa: PLC0415
+    import torch
 
-    from coppice.kernels import _native  # noqa: PLC0415
+    from coppice.kernels import _native
 
     _start_pool()
     memory = torch.ones(size_bytes // 4)
@@ -163,7 +163,7 @@ def probe(size_bytes: int = 256 << 20) -> Probe:
 @cache
 def _start_pool() -> None:
     """Give the pool its threads, once."""
-    from coppice.kernels import _native  # noqa: PLC0415
+    from coppice.kernels import _native
 
     _native.set_num_threads(usable_cores())
 

@@ -67,7 +67,7 @@ class Ops(Protocol):
         """``x / rms(x) * weight`` per row; a ``(1 + w)`` norm is folded in at load."""
         ...
 
-    def rope_append(  # noqa: PLR0913
+    def rope_append(
         self,
         qkv: Tensor,
         rows: Rows,
@@ -85,12 +85,18 @@ class Ops(Protocol):
 
         Args:
             qkv: ``[T, (H + 2K) * D]`` float32, q heads then k heads then v heads.
-            k_pages: ``[P, K, page_size, D]``, likewise ``v_pages``; written in place.
+            rows: the step's rows.
+            k_pages: ``[P, K, page_size, D]``; written in place.
+            v_pages: likewise.
             cos_sin: ``[max_position, 2, R // 2]`` float32, cosines then sines, for the first
                 ``R <= D`` dims of a head in the half-split (Hugging Face) convention.
                 ``R == 0`` means no rotation (NoPE layers).
+            num_heads: ``H``.
             qk_norm: RMS norm over each head (``head``, weights ``[D]``) or over all heads
                 together (``full``, weights ``[H*D]`` and ``[K*D]``), before the rotation.
+            q_weight: the norm's weight for q, if there is a norm.
+            k_weight: likewise for k.
+            eps: the norm's epsilon.
 
         Returns:
             Rotated q, float32 ``[T, H, D]``.

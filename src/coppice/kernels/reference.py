@@ -112,7 +112,7 @@ class ReferenceOps:
         """See `Ops.rms_norm`."""
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
-    def rope_append(  # noqa: PLR0913
+    def rope_append(
         self,
         qkv: Tensor,
         rows: Rows,

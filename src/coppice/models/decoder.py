@@ -125,8 +125,6 @@ class Decoder:
 
     def _reach(self, rows: Rows) -> None:
         """Make sure the rope tables cover the rows' positions."""
-        if all(table.complete for table in self._tables):
-            return
         positions = int(rows.position.max()) + 1
         for table in self._tables:
             table.reach(positions)

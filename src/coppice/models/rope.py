@@ -132,9 +132,14 @@ def read_rope(
         )
     if original is None:
         original = fields.integer("original_max_position_embeddings", max_position)
+    base = fields.number("rope_theta", theta)
+    if base <= 1 or original <= 1:  # the laws divide by their logarithms
+        raise CheckpointError(
+            f"Rope needs a theta and an original context above 1; found {base} and {original}."
+        )
     return RopeSpec(
         kind=kind,
-        theta=fields.number("rope_theta", theta),
+        theta=base,
         dim=dim,
         original=original,
         max_position=max_position,
@@ -284,11 +289,6 @@ class RopeTable:
             inverse, self._scale = frequencies(spec, context)
             self._inverse = inverse.to(like.device)
 
-    @property
-    def complete(self) -> bool:
-        """Every position is filled."""
-        return self._filled == self._context
-
     def reach(self, positions: int) -> None:
         """Fill the table for positions below ``positions``.
 
@@ -297,8 +297,9 @@ class RopeTable:
         """
         if positions > self._context:
             raise EngineError(f"Position {positions - 1} is beyond the context {self._context}.")
-        with torch.inference_mode():  # the table may have been made in it
-            self._fill(positions)
+        if positions > self._filled:
+            with torch.inference_mode():  # the table may have been made in it
+                self._fill(positions)
 
     def _fill(self, positions: int) -> None:
         while self._filled < positions:

@@ -16,6 +16,7 @@ from coppice.server.admission import Permit
 from coppice.server.generation import Delta, Generation
 from coppice.server.keys import Key
 from coppice.server.ledger import Entry, Outcome
+from coppice.server.timeline import Timeline
 
 log = logging.getLogger("coppice.server.calls")
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
@@ -57,6 +58,7 @@ class Calls:
 
     def __init__(self, observe: Observer) -> None:
         self._live: dict[str, Call] = {}
+        self.timeline = Timeline()
         self._observe = observe
 
     def __len__(self) -> int:
@@ -65,6 +67,7 @@ class Calls:
     def hold(self, call: Call) -> None:
         """Begin a call that `settle` ends."""
         self._live[call.id] = call
+        self.timeline.begin(call)
 
     def settle(self, call: Call) -> None:
         """Give back the place, count the outcome and write the line; once."""
@@ -77,6 +80,7 @@ class Calls:
         call.entry.close("cancelled")  # unless it was closed by how it ended
         assert call.entry.outcome is not None
         self._observe.call_ended(call, call.entry.outcome)
+        self.timeline.end(call, call.entry.outcome)
         _write_line(call, call.entry.outcome)
 
     def cancel(self, request_id: str, tenant: str | None) -> int:

@@ -26,7 +26,6 @@ def sampling(
     *,
     max_tokens: int | None,
     logprobs: int | None,
-    grammar: Grammar | None,
 ) -> SamplingParams:
     """The sampling parameters of a call; absent and null fields take their defaults.
 
@@ -46,7 +45,6 @@ def sampling(
         stop_token_ids=tuple(fields.stop_token_ids or ()),
         logit_bias=_logit_bias(fields.logit_bias or {}),
         logprobs=logprobs,
-        grammar=grammar,
     )
 
 
@@ -231,27 +229,24 @@ def _openai_message(message: Message) -> dict[str, Any]:
     return made
 
 
-def openai_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
-    """Tools as plain objects in OpenAI's form; ``None`` when there are none.
+def openai_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
+    """Tools as plain objects in OpenAI's form, known fields only.
 
     Raises:
-        RequestError: two tools have one name.
         GrammarError: the parameters' schema is over the limits.
     """
     made: list[dict[str, Any]] = []
     for number, tool in enumerate(tools or ()):
-        function = tool.function
-        field = f"tools[{number}].function"
-        if any(known["function"]["name"] == function.name for known in made):
-            raise RequestError(f"Two tools are named {function.name!r}.", param=f"{field}.name")
-        plain: dict[str, Any] = {"name": function.name}
-        if function.description is not None:
-            plain["description"] = function.description
-        if function.parameters is not None:
-            schema_text(function.parameters, f"{field}.parameters")
-            plain["parameters"] = function.parameters
-        made.append({"type": "function", "function": plain})
-    return made or None
+        plain: dict[str, Any] = {"type": tool.type}
+        if (function := tool.function) is not None:
+            plain["function"] = {"name": function.name}
+            for name in ("description", "parameters", "strict"):
+                if (value := getattr(function, name)) is not None:
+                    plain["function"][name] = value
+            if function.parameters is not None:
+                schema_text(function.parameters, f"tools[{number}].function.parameters")
+        made.append(plain)
+    return made
 
 
 def message_characters(messages: Sequence[Message]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,10 +12,12 @@ from coppice.errors import LimitError
 from coppice.server.config import ServerConfig
 from coppice.server.errors import BodyProblem, send_error
 from coppice.server.guard import header
+from coppice.server.http_protocol import MAX_HEADER_BYTES
 
 MAX_HEADER_LINES = 100
 MIN_RATE_BYTES_S = 1024
 RATE_GRACE_S = 5.0
+DISCARD_S = 1.0
 _BODY_METHODS = ("POST", "PUT", "PATCH")
 
 
@@ -34,12 +37,19 @@ class BodyLimits:
         try:
             self._check_headers(scope)
         except LimitError as error:
+            await _discard(receive, self._max_bytes)
             await send_error(scope, receive, send, error)
             return
         await self._app(scope, _Counted(receive, self._max_bytes, self._timeout_s), send)
 
     def _check_headers(self, scope: Scope) -> None:
-        if len(scope["headers"]) > MAX_HEADER_LINES:
+        headers = scope["headers"]
+        # The parser bounds headers that are still coming; these came in one piece.
+        if sum(len(k) + len(v) for k, v in headers) > MAX_HEADER_BYTES:
+            raise LimitError(
+                f"Headers exceed {MAX_HEADER_BYTES} bytes.", status=431, code="headers_too_large"
+            )
+        if len(headers) > MAX_HEADER_LINES:
             raise LimitError(f"More than {MAX_HEADER_LINES} header lines.", status=431,
                              code="headers_too_large")  # fmt: skip
         encoding = header(scope, b"content-encoding")
@@ -89,6 +99,8 @@ class _Counted:
             self._size += len(message.get("body", b""))
             self._complete = not message.get("more_body", False)
             if self._size > self._max_bytes:
+                if not self._complete:
+                    await _discard(self._receive, self._max_bytes)
                 raise BodyProblem(
                     LimitError(
                         f"The body is larger than {self._max_bytes} bytes.", code="body_too_large"
@@ -100,3 +112,18 @@ class _Counted:
         """Time until the total limit or the lowest allowed rate is passed."""
         by_rate = RATE_GRACE_S + self._size / MIN_RATE_BYTES_S
         return max(0.0, self._started + min(self._timeout_s, by_rate) - time.monotonic())
+
+
+async def _discard(receive: Receive, max_bytes: int) -> None:
+    """Read some of a body nobody wants, so that its sender gets to read the refusal.
+
+    A socket closed with unread bytes is reset, and the reply lost on the way.
+    """
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_S):
+            while size <= max_bytes:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return

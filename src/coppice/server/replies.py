@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coppice.server.calls import Call
@@ -28,6 +28,10 @@ class Frame:
     fingerprint: str
     warnings: tuple[str, ...] = ()
     include_usage: bool = False
+
+    def warn(self, more: tuple[str, ...]) -> Frame:
+        """The same with more warnings."""
+        return replace(self, warnings=self.warnings + more)
 
     def whole(self, choices: list[dict[str, Any]], generation: Generation) -> dict[str, Any]:
         """An unstreamed reply."""

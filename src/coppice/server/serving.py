@@ -6,11 +6,12 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from coppice.engine.messages import ModelFacts
-from coppice.engine.request import Request, SamplingParams
+from coppice.engine.request import Grammar, Request, SamplingParams
 from coppice.errors import CoppiceError, RequestError
 from coppice.server import admission, convert
 from coppice.server.calls import Call, new_id, run
@@ -26,6 +27,14 @@ from coppice.server.text import TextService
 CLIENT_LEFT = 499
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a call asks of the engine, after the slow part of reading it."""
+
+    prompts: Sequence[list[int]]
+    grammar: Grammar | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a route wants done, known before anything is tokenized.
@@ -34,14 +43,14 @@ class Plan:
         characters: of all prompts together; token counts of ready-made ids times three.
         sequences: prompts times ``n``.
         params: sampling parameters, not yet fitted to a prompt.
-        prompts: makes the token ids of every prompt.
+        prepare: makes the token ids of every prompt, and the constraint on the answer.
         continues_prompt: the answer is text that follows the prompt, not a turn.
     """
 
     characters: int
     sequences: int
     params: SamplingParams
-    prompts: Callable[[TextService, ModelFacts], Awaitable[Sequence[list[int]]]]
+    prepare: Callable[[TextService, ModelFacts], Awaitable[Prepared]]
     continues_prompt: bool
 
 
@@ -117,18 +126,22 @@ async def admit(services: Services, call: Call, body: SamplingFields, plan: Plan
 async def _requests(
     call: Call, body: SamplingFields, plan: Plan, text: TextService, facts: ModelFacts
 ) -> list[Request]:
-    prompts = await plan.prompts(text, facts)
+    prepared = await plan.prepare(text, facts)
+    params = plan.params
+    if prepared.grammar is not None:
+        await text.check(prepared.grammar)
+        params = msgspec.structs.replace(params, grammar=prepared.grammar)
     remaining = max(call.deadline - time.monotonic(), 1e-3)
     requests = []
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prepared.prompts):
         if not prompt:
             raise RequestError("The prompt is empty; send at least one token.", param="prompt")
-        convert.check_ids(plan.params, prompt, facts.vocab_size)
+        convert.check_ids(params, prompt, facts.vocab_size)
         requests.append(
             Request(
                 id=f"{call.id}-{number}",
                 prompt=prompt,
-                sampling=convert.fit(plan.params, prompt, facts.context_length),
+                sampling=convert.fit(params, prompt, facts.context_length),
                 priority=body.priority or 0,
                 tenant=call.key.tenant,
                 cache_salt=f"{call.key.tenant}\n{body.cache_salt or ''}",

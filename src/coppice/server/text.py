@@ -9,13 +9,15 @@ from functools import partial
 from typing import Any, TypeVar
 
 from coppice.engine.detokenize import TextAssembler
-from coppice.engine.request import Request
-from coppice.errors import TemplateError
+from coppice.engine.grammar import GrammarCompiler
+from coppice.engine.request import Grammar, Request
+from coppice.errors import GrammarError, TemplateError
 from coppice.models.template import prepare_messages, render_chat
 from coppice.models.tokenizer import Tokenizer
 from coppice.server.convert import CHARS_PER_CONTEXT_TOKEN
 
 T = TypeVar("T")
+COMPILE_TIMEOUT_S = 2.0
 SHORT_CHARS = 2048
 """Text this short is tokenized on the spot: cheaper than a change of thread."""
 
@@ -31,6 +33,7 @@ class TextService:
     def __init__(self, tokenizer: Tokenizer, *, threads: int = 2) -> None:
         self.tokenizer = tokenizer
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="text")
+        self._grammars: GrammarCompiler | None = None
 
     async def encode(self, text: str, *, add_special_tokens: bool, context: int) -> list[int]:
         """Token ids.
@@ -44,11 +47,11 @@ class TextService:
             add_special_tokens=add_special_tokens,
             max_chars=CHARS_PER_CONTEXT_TOKEN * context,
         )
-        return work() if len(text) <= SHORT_CHARS else await self._run(work)
+        return work() if len(text) <= SHORT_CHARS else await self.run(work)
 
     async def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""
-        return await self._run(partial(self.tokenizer.decode, ids))
+        return await self.run(partial(self.tokenizer.decode, ids))
 
     async def render(
         self,
@@ -77,7 +80,31 @@ class TextService:
                 max_chars=CHARS_PER_CONTEXT_TOKEN * context,
             )
 
-        return await self._run(work)
+        return await self.run(work)
+
+    @property
+    def template(self) -> str | None:
+        """The chat template used with tools, which shows how calls are written."""
+        return self.tokenizer.chat_template(tools=True)
+
+    async def check(self, grammar: Grammar) -> None:
+        """Compile a grammar, to refuse it before it reaches the engine.
+
+        Raises:
+            GrammarError: invalid, unsupported, impossible, or not compiled in time.
+        """
+        try:
+            async with asyncio.timeout(COMPILE_TIMEOUT_S):
+                await self.run(partial(self._compiler().check, grammar))
+        except TimeoutError:
+            raise GrammarError(
+                f"The grammar was not compiled within {COMPILE_TIMEOUT_S:g} s; make it simpler."
+            ) from None
+
+    def _compiler(self) -> GrammarCompiler:
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self.tokenizer)
+        return self._grammars
 
     def assembler(self, request: Request, *, continues_prompt: bool) -> TextAssembler:
         """What turns one choice's tokens into text."""
@@ -95,5 +122,6 @@ class TextService:
         """Let the threads go."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, work: Callable[[], T]) -> T:
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run something slow in a thread of the pool."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)

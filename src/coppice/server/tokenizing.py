@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from coppice.engine.config import EngineConfig
-from coppice.errors import UnsupportedModelError
 from coppice.models.locate import locate
 from coppice.models.tokenizer import Tokenizer
 
@@ -14,7 +13,4 @@ def tokenizer_of(config: EngineConfig) -> Tokenizer:
     Raises:
         CheckpointError: it is missing or malformed.
     """
-    path = locate(config.model)
-    if path.is_dir():
-        return Tokenizer.from_folder(path)
-    raise UnsupportedModelError(f"{path}: GGUF files cannot be served yet; name a folder.")
+    return Tokenizer.open(locate(config.model))

@@ -22,9 +22,7 @@ def mixture(count: int, top_k: int, renormalize: bool) -> ExpertMixture:
         weight = torch.randn(rows, columns, generator=generator)
         return Linear.from_tensor(ops, "test", weight)
 
-    spec = ExpertSpec(
-        count=count, top_k=top_k, intermediate_size=INNER, renormalize=renormalize
-    )
+    spec = ExpertSpec(count=count, top_k=top_k, intermediate_size=INNER, renormalize=renormalize)
     experts = [
         GatedMLP(linear(2 * INNER, HIDDEN), linear(HIDDEN, INNER), ops, "silu")
         for _ in range(count)

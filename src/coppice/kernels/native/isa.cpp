@@ -20,9 +20,8 @@ static float fma_probe(int64_t rounds) {
   constexpr int CHAINS = W == 4 ? 3 : W == 8 ? 6 : 12;
   V16 acc[CHAINS];
   for (int c = 0; c < CHAINS; ++c) acc[c] = splat((float)c);
-  V16 a = splat(0.999f), b = splat(0.001f);
+  const V16 a = splat(0.999f), b = splat(0.001f);
   for (int64_t i = 0; i < rounds * (12 / CHAINS); ++i) {
-    asm volatile("" : : : "memory");
 #pragma GCC unroll 12
     for (int c = 0; c < CHAINS; ++c) acc[c] = fma(acc[c], a, b);
   }

@@ -167,7 +167,7 @@ class NativeOps:
         _native.norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // n, n, eps)
         return out
 
-    def rope_append(  # noqa: PLR0913
+    def rope_append(
         self,
         qkv: Tensor,
         rows: Rows,

@@ -28,25 +28,22 @@ namespace COPPICE_ISA {
 constexpr int W = 16;
 typedef __m512 vf;
 COPPICE_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
-COPPICE_INLINE vf vsqrt(vf a) { return _mm512_sqrt_ps(a); }
+COPPICE_INLINE vf vsplat(float x) { return _mm512_set1_ps(x); }
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int W = 8;
 typedef __m256 vf;
 COPPICE_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
-COPPICE_INLINE vf vsqrt(vf a) { return _mm256_sqrt_ps(a); }
+COPPICE_INLINE vf vsplat(float x) { return _mm256_set1_ps(x); }
 #elif defined(__ARM_NEON)
 constexpr int W = 4;
 typedef float32x4_t vf;
 COPPICE_INLINE vf vfma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
-COPPICE_INLINE vf vsqrt(vf a) { return vsqrtq_f32(a); }
+COPPICE_INLINE vf vsplat(float x) { return vdupq_n_f32(x); }
 #else
 constexpr int W = 4;
 typedef float vf __attribute__((vector_size(16)));
 COPPICE_INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
-COPPICE_INLINE vf vsqrt(vf a) {
-  for (int i = 0; i < W; ++i) a[i] = __builtin_sqrtf(a[i]);
-  return a;
-}
+COPPICE_INLINE vf vsplat(float x) { return vf{x, x, x, x}; }
 #endif
 
 constexpr int NV = 16 / W;  // registers in a V16
@@ -60,11 +57,10 @@ struct V16 {
 
 #define COPPICE_EACH _Pragma("GCC unroll 4") for (int i = 0; i < NV; ++i)
 
-COPPICE_INLINE vf splat_register(float x) { return vf{} + x; }
 
 COPPICE_INLINE V16 splat(float x) {
   V16 r;
-  COPPICE_EACH r.v[i] = splat_register(x);
+  COPPICE_EACH r.v[i] = vsplat(x);
   return r;
 }
 COPPICE_INLINE V16 load16(const float* p) {

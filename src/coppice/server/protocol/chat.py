@@ -63,10 +63,10 @@ class FunctionSpec(Fields):
 
 
 class Tool(Fields):
-    """A tool the model may use."""
+    """A tool the model may use; types other than ``function`` are ignored with a warning."""
 
-    type: Literal["function"]
-    function: FunctionSpec
+    type: Label
+    function: FunctionSpec | None = None
 
 
 class NamedFunction(Fields):

@@ -41,6 +41,7 @@ class Info(BaseModel):
     outcomes: dict[str, int]
     engine: dict[str, Any] | None
     engine_restarts: int
+    timeline: dict[str, Any]
 
 
 class CancelReply(BaseModel):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,7 +20,7 @@ from coppice.server.protocol.chat import ChatReply, ChatRequest, RenderReply
 from coppice.server.replies import Frame, Gathered, chat_logprobs
 from coppice.server.routes.documented import ERRORS, STREAMED
 from coppice.server.services import services_of
-from coppice.server.serving import Plan, Route, answer
+from coppice.server.serving import Plan, Prepared, Route, answer
 from coppice.server.stream import event, while_connected
 from coppice.server.text import TextService
 from coppice.server.tools import ToolText, Turn, plan_turn
@@ -32,26 +33,25 @@ ROUTE = Route("/v1/chat/completions", "chatcmpl", "chat.completion", "chat.compl
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     services = services_of(request)
-    turn = Turn()
+    turn = _Turn()
 
     def token_bytes(token: int) -> bytes:
         assert services.text is not None
         return services.text.tokenizer.token_bytes(token)
 
-    def plan() -> Plan:
-        nonlocal turn
-        turn = plan_turn(body)
-        return _plan(body, turn)
-
     def whole(frame: Frame, choices: list[Gathered]) -> Response:
-        made = [_choice(body, turn, choice, token_bytes) for choice in choices]
+        frame = frame.warn(turn.is_.warnings)
+        made = [_choice(body, turn.is_, choice, token_bytes) for choice in choices]
         assert frame.call.generation is not None
         return JSONResponse(frame.whole(made, frame.call.generation))
 
     def chunks(frame: Frame, generation: Generation) -> AsyncGenerator[bytes, None]:
-        return _chunks(frame, generation, turn, token_bytes if body.logprobs else None)
+        frame = frame.warn(turn.is_.warnings)
+        return _chunks(frame, generation, turn.is_, token_bytes if body.logprobs else None)
 
-    return await answer(request, body, ROUTE, plan=plan, whole=whole, chunks=chunks)
+    return await answer(
+        request, body, ROUTE, plan=lambda: _plan(body, turn), whole=whole, chunks=chunks
+    )
 
 
 @router.post(ROUTE.path + "/render", response_model=RenderReply, responses=ERRORS)
@@ -61,40 +61,47 @@ async def render(body: ChatRequest, request: Request) -> Response:
     text, facts = services.require_open()
     services.require_model(body.model)
     warnings = review(body, strict=services.config.strict_fields)
-    prompt, tokens = await while_connected(
-        request.receive, _prompt(body, plan_turn(body), text, facts)
-    )
+    turn = _Turn()
+    prompt, tokens = await while_connected(request.receive, _prompt(body, turn, text, facts))
+    warnings += turn.is_.warnings
     reply: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "count": len(tokens)}
     return JSONResponse(reply | ({"warnings": warnings} if warnings else {}))
 
 
-def _plan(body: ChatRequest, turn: Turn) -> Plan:
+class _Turn:
+    """The turn, once `_prompt` has planned it (off the event loop)."""
+
+    is_ = Turn()
+
+
+def _plan(body: ChatRequest, turn: _Turn) -> Plan:
     params = convert.sampling(
         body,
         max_tokens=convert.chat_max_tokens(body),
         logprobs=convert.chat_logprobs(body),
-        grammar=turn.grammar,
     )
 
-    async def prompts(text: TextService, facts: ModelFacts) -> Sequence[list[int]]:
-        return [(await _prompt(body, turn, text, facts))[1]]
+    async def prepare(text: TextService, facts: ModelFacts) -> Prepared:
+        _, prompt = await _prompt(body, turn, text, facts)
+        return Prepared([prompt], turn.is_.grammar)
 
     return Plan(
         characters=convert.message_characters(body.messages),
         sequences=params.n,
         params=params,
-        prompts=prompts,
+        prepare=prepare,
         continues_prompt=False,
     )
 
 
 async def _prompt(
-    body: ChatRequest, turn: Turn, text: TextService, facts: ModelFacts
+    body: ChatRequest, turn: _Turn, text: TextService, facts: ModelFacts
 ) -> tuple[str, list[int]]:
     convert.check_characters(convert.message_characters(body.messages), facts.context_length)
+    turn.is_ = await text.run(partial(plan_turn, body, text.template))
     prompt = await text.render(
         convert.openai_messages(body.messages),
-        turn.tools,
+        turn.is_.tools,
         body.chat_template_kwargs,
         context=facts.context_length,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -19,7 +19,7 @@ from coppice.server.protocol.completions import CompletionReply, CompletionReque
 from coppice.server.replies import Frame, Gathered, completion_logprobs
 from coppice.server.routes.documented import ERRORS, STREAMED
 from coppice.server.services import services_of
-from coppice.server.serving import Plan, Route, answer
+from coppice.server.serving import Plan, Prepared, Route, answer
 from coppice.server.stream import event
 from coppice.server.text import TextService
 
@@ -90,22 +90,22 @@ def _plan(body: CompletionRequest) -> Plan:
         body,
         max_tokens=convert.completion_max_tokens(body),
         logprobs=body.logprobs,
-        grammar=convert.text_grammar(body),
     )
 
-    async def prompts(text: TextService, facts: ModelFacts) -> Sequence[list[int]]:
-        if ids:
-            return ids
-        return [
+    grammar = convert.text_grammar(body)
+
+    async def prepare(text: TextService, facts: ModelFacts) -> Prepared:
+        encoded = [
             await text.encode(item, add_special_tokens=True, context=facts.context_length)
             for item in texts
         ]
+        return Prepared(ids or encoded, grammar)
 
     return Plan(
         characters=sum(map(len, texts)) + 3 * sum(map(len, ids)),
         sequences=len(texts or ids) * params.n,
         params=params,
-        prompts=prompts,
+        prepare=prepare,
         continues_prompt=True,
     )
 

@@ -45,6 +45,7 @@ async def info(request: Request) -> Response:
             "promised": msgspec.to_builtins(admission.promised),
             "engine": msgspec.to_builtins(engine.stats) if engine.stats else None,
             "engine_restarts": engine.restarts,
+            "timeline": services.calls.timeline.view(_tenant(request)),
         }
     )
 
@@ -53,8 +54,13 @@ async def info(request: Request) -> Response:
 async def cancel(request_id: str, request: Request) -> Response:
     """End your calls of this id (of the reply, or the ``X-Request-Id`` you sent)."""
     services = services_of(request)
-    tenant = caller_of(request).tenant if services.keys.required else None
-    count = services.calls.cancel(request_id, tenant) if REQUEST_ID.fullmatch(request_id) else 0
+    valid = REQUEST_ID.fullmatch(request_id)
+    count = services.calls.cancel(request_id, _tenant(request)) if valid else 0
     if not count:
         raise NotFoundError("No request of that id is running.", param="request_id")
     return JSONResponse({"id": request_id, "cancelled": count})
+
+
+def _tenant(request: Request) -> str | None:
+    """Whose calls the caller may see and end; ``None``: all, as no keys are set."""
+    return caller_of(request).tenant if services_of(request).keys.required else None
