@@ -216,7 +216,7 @@ def choose(
     choices = Choices.empty(num_rows, MAX_TOP if wants else 0)
     native = None if backend == "reference" else native_module()
     if native is not None:
-        _choose_native(native, logits, params, positions, masks, choices)
+        _choose_native(native, logits, params, positions, masks, out=choices)
         return choices
     if backend == "native":
         raise ConfigError("The native sampler is not built; reinstall with a C++ compiler.")
@@ -224,7 +224,7 @@ def choose(
 
     for i in range(num_rows):
         mask = masks[i] if masks is not None else None
-        choose_row(logits[i], params[i], int(positions[i]), mask, choices, i)
+        choose_row(logits[i], params[i], int(positions[i]), mask, out=choices, i=i)
     return choices
 
 
@@ -232,9 +232,10 @@ def choose(
 def native_module() -> Any:
     """The extension, or ``None`` where it was not built."""
     try:
-        return importlib.import_module("coppice.kernels._native")
+        module = importlib.import_module("coppice.kernels._native")
     except ImportError:
         return None
+    return module if hasattr(module, "sample") else None  # an older build in a checkout
 
 
 def _choose_native(
@@ -243,6 +244,7 @@ def _choose_native(
     params: Sequence[RowParams],
     positions: I64,
     masks: Sequence[Mask | None] | None,
+    *,
     out: Choices,
 ) -> None:
     num_rows, vocab = logits.shape

@@ -28,7 +28,7 @@ _SQRT_HALF = 0.7071067811865476
 
 
 def choose_row(
-    raw: F32, params: RowParams, position: int, mask: Mask | None, out: Choices, i: int
+    raw: F32, params: RowParams, position: int, mask: Mask | None, *, out: Choices, i: int
 ) -> None:
     """Fill row ``i`` of ``out`` from ``raw [V]``; see `coppice.kernels.sampling.STEPS`."""
     if not bool(np.all(raw < np.inf)):

@@ -34,12 +34,13 @@ def random_logits(rng: np.random.Generator, rows: int, vocab: int) -> np.ndarray
     """Rows of many shapes: flat, peaked, tied, far from zero, partly banned, damaged."""
     scale = rng.choice([1e-3, 0.3, 3.0, 12.0, 200.0], (rows, 1))
     logits = (rng.normal(0, 1, (rows, vocab)) * scale).astype(np.float32)
-    for row in logits:
+    for i in range(rows):
+        row = logits[i]
         kind = rng.random()
         if kind < 0.2:
             row[:] = np.round(row)
         elif kind < 0.3:
-            row += np.float32(rng.choice([-1e4, 1e4]))
+            row[:] += np.float32(rng.choice([-1e4, 1e4]))
         elif kind < 0.4:
             row[rng.random(vocab) < 0.7] = -np.inf
         elif kind < 0.45:
