@@ -10,6 +10,7 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 import coppice
+from coppice.server.document import install_document
 from coppice.server.errors import install_handlers
 from coppice.server.guard import Guard, RequestIds
 from coppice.server.limits import BodyLimits
@@ -34,6 +35,7 @@ def build_app(services: Services) -> FastAPI:
         version=coppice.__version__,
         docs_url=None,
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
         middleware=[
             Middleware(RequestIds, metrics=services.metrics),
             Middleware(
@@ -49,6 +51,7 @@ def build_app(services: Services) -> FastAPI:
     install_handlers(app)
     for room in (chat, completions, models, text, health, operate):
         app.include_router(room.router)
+    install_document(app, keys_required=services.keys.required)
     if page is not None:
         _mount_page(app, page)
     return app
