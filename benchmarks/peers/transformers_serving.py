@@ -69,19 +69,34 @@ def _serve_static(model: Any, job: Job) -> tuple[list[float], list[float]]:
 
 
 def _serve_continuous(model: Any, job: Job) -> tuple[list[float], list[float]]:
-    """Everything handed over at once to ``generate_batch``, ``concurrency`` rows a batch.
-
-    It does not report token times, so TTFT and TPOT are those of the whole run's mean.
-    """
-    config = GenerationConfig(
-        max_new_tokens=max(job.answers), do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
-    began = time.perf_counter()
-    model.generate_batch(inputs=job.prompts, generation_config=config)
-    mean = (time.perf_counter() - began) / len(job.prompts)
-    return [mean] * len(job.prompts), [mean / (sum(job.answers) / len(job.answers))] * len(
-        job.prompts
-    )
+    """Its continuous batching, fed a new request as each one ends."""
+    config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    pending = list(range(len(job.prompts)))[::-1]
+    sent: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
+    with model.continuous_batching_context_manager(generation_config=config) as manager:
+        while len(times) < len(job.prompts):
+            while pending and len(sent) - len(times) < job.concurrency:
+                i = pending.pop()
+                sent[str(i)] = time.perf_counter()
+                manager.add_request(
+                    job.prompts[i],
+                    request_id=str(i),
+                    max_new_tokens=job.answers[i],
+                    record_timestamps=True,
+                    eos_token_id=-1,
+                )
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                if len(result.generated_tokens) != job.answers[int(result.request_id)]:
+                    raise RuntimeError(f"continuous batching: {result.error or 'too few tokens'}")
+                times[result.request_id] = result.timestamps
+            elif result is None and not manager.is_running():
+                raise RuntimeError("continuous batching ended by itself")
+    keys = [str(i) for i in range(len(job.prompts))]
+    ttft = [times[k][0] - sent[k] for k in keys]
+    tpot = [(times[k][-1] - times[k][0]) / max(1, len(times[k]) - 1) for k in keys]
+    return ttft, tpot
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from tools.make_model import write_model
+from tools.make_model import make_model
 
 from benchmarks.report import Goal, Report
 from benchmarks.serving.measure import Job, run_contender
@@ -45,7 +45,9 @@ def main() -> int:
     report.metrics["divide"] = args.divide
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.models:
-            folder = locate(name) if name == "bundled" else write_model(name, Path(scratch) / name)
+            folder = locate(name) if name == "bundled" else Path(scratch) / name
+            if name != "bundled":
+                make_model(name, folder)
             for clients in args.concurrency:
                 job = _job(folder, clients, args)
                 _compare(report, name, job, rounds)

@@ -3,7 +3,7 @@
 The public names below are loaded when first used (PEP 562), so that ``import coppice``
 stays quick and does not load PyTorch:
 
-- `LLM`, `SamplingParams`, `Request`, `RequestOutput`: the engine in this process.
+- `LLM`, `SamplingParams`, `Grammar`, `Request`, `RequestOutput`: the engine in this process.
 - `serve`: the HTTP server.
 - `errors`: every exception raised on purpose.
 """
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from coppice import errors
     from coppice.engine.llm import LLM
     from coppice.engine.outputs import RequestOutput
-    from coppice.engine.request import Request, SamplingParams
+    from coppice.engine.request import Grammar, Request, SamplingParams
     from coppice.server import run as serve
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "Grammar",
     "Request",
     "RequestOutput",
     "SamplingParams",
@@ -34,6 +35,7 @@ __all__ = [
 
 _WHERE = {
     "LLM": ("coppice.engine.llm", "LLM"),
+    "Grammar": ("coppice.engine.request", "Grammar"),
     "Request": ("coppice.engine.request", "Request"),
     "RequestOutput": ("coppice.engine.outputs", "RequestOutput"),
     "SamplingParams": ("coppice.engine.request", "SamplingParams"),

@@ -17,7 +17,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import RopeScalingType
 from gguf.quants import dequantize, quantize
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 ARCHITECTURES = {
@@ -54,7 +55,13 @@ EXPERTS = {"w1": "gate", "w3": "up", "w2": "down"}
 K_QUANTS = {"Q4_K": (2, 2), "Q5_K": (2, 2), "Q6_K": (208, 0)}
 
 
-def convert(folder: Path, out: Path, kind: str = "F32", tokenizer: Tokenizer | None = None) -> Path:
+def convert(
+    folder: Path,
+    out: Path,
+    kind: str = "F32",
+    tokenizer: Tokenizer | None = None,
+    **options: Any,
+) -> Path:
     """Write ``folder`` as ``out`` (GGUF) and its dequantised twin beside it.
 
     Args:
@@ -62,7 +69,7 @@ def convert(folder: Path, out: Path, kind: str = "F32", tokenizer: Tokenizer | N
         out: the GGUF file to write.
         kind: storage of all matrices; vectors stay F32. For K-quants, which the package
             cannot make, random blocks replace the weights.
-        tokenizer: written into the metadata when given.
+        tokenizer: written into the metadata when given, with ``options``.
 
     Returns:
         A folder of safetensors holding exactly the weights the GGUF file stands for.
@@ -73,7 +80,8 @@ def convert(folder: Path, out: Path, kind: str = "F32", tokenizer: Tokenizer | N
     write_config(writer, config)
     rng = np.random.default_rng(5)
     twin: dict[str, np.ndarray] = {}
-    weights = split_experts(load_file(folder / "model.safetensors"), model_type)
+    stored = {k: v.float().numpy() for k, v in load_file(folder / "model.safetensors").items()}
+    weights = split_experts(stored, model_type)
     stacks: dict[str, list[tuple[int, str]]] = {}
     for name, value in weights.items():
         if ".experts." in name:
@@ -91,7 +99,7 @@ def convert(folder: Path, out: Path, kind: str = "F32", tokenizer: Tokenizer | N
         add(writer, stacked, raw, kind)
         twin.update({name: values[index] for index, name in members})
     if tokenizer is not None:
-        write_tokenizer(writer, tokenizer)
+        write_tokenizer(writer, tokenizer, **options)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -238,7 +246,7 @@ def write_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 def write_rope(writer: gguf.GGUFWriter, config: dict[str, Any], head_dim: int) -> None:
     """Rope base, scaling and factor tensors."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if "full_attention" in rope:
         writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
         rope = rope["full_attention"]

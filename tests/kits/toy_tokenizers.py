@@ -57,6 +57,22 @@ def byte_fallback(strip: bool = True) -> Tokenizer:
     return tokenizer
 
 
+def metaspace() -> Tokenizer:
+    """SentencePiece-style pieces without byte tokens, with the ``Metaspace`` decoder."""
+    tokenizer = byte_fallback()
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return tokenizer
+
+
+def words() -> Tokenizer:
+    """Whole words and no decoder at all: ``decode`` puts spaces between them."""
+    vocab = {word: index for index, word in enumerate(["<unk>", "a", "b", "stop", ".", "<e>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<e>"])
+    return tokenizer
+
+
 def save_folder(tokenizer: Tokenizer, folder: Path, **config: object) -> Path:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
 
+from coppice import LLM, SamplingParams
 from coppice.cache.pool import KVPool
 from coppice.kernels import get_ops
 from coppice.kernels.rows import Rows
 from coppice.models.decoder import Decoder
 from coppice.models.load import load_model
+from coppice.models.locate import locate
+from coppice.models.tokenizer import Tokenizer
 from tests.kits import toy_tokenizers
 from tests.kits.gguf_writer import convert
 from tests.parity.toys import HEADS, LLAMA3, TIED, UNTIED, WIDE, YARN, longrope, reference, rope
@@ -141,3 +145,31 @@ def test_tokenizer_survives_loading_the_model(tmp_path: Path) -> None:
     tokenizer = loaded.tokenizer_source.tokenizer
     assert tokenizer.vocab_size == loaded.config.vocab_size
     assert tokenizer.decode(tokenizer.encode("the quick fox")) == "the quick fox"
+
+
+def test_bundled_model_as_gguf_answers_the_same(tmp_path: Path) -> None:
+    """The whole way: configuration, weights, tokenizer and template from one file."""
+    folder = locate("bundled")
+    specials = {"eos_token_id": 2, "padding_token_id": 3}
+    original = Tokenizer.open(folder)
+    convert(
+        folder,
+        tmp_path / "model.gguf",
+        "BF16",
+        Backend.from_file(str(folder / "tokenizer.json")),
+        pre="qwen2",
+        specials=specials,
+        template=original.chat_template(),
+    )
+    rebuilt = Tokenizer.open(tmp_path / "model.gguf")
+    assert rebuilt.eos_ids == original.eos_ids
+    assert rebuilt.special_ids == original.special_ids
+    messages = [{"role": "user", "content": "Write a line about the sea, and 123 🙂."}]
+    answers = [
+        LLM(model=str(model), max_sequences=2).chat(messages, SamplingParams(max_tokens=24, seed=5))
+        for model in (folder, tmp_path / "model.gguf")
+    ]
+    (ours,), (theirs,) = answers
+    assert ours.prompt_token_ids == theirs.prompt_token_ids
+    assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+    assert ours.outputs[0].text == theirs.outputs[0].text != ""

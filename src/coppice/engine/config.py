@@ -78,7 +78,7 @@ class EngineConfig(RoomConfig):
     )
     seed: int = setting(
         0,
-        "Seed from which the Python API draws the seeds of requests that bring none.",
+        "Seed from which requests of this process that bring none draw theirs; servers draw anew.",
         minimum=0,
         maximum=2**63 - 1,
     )

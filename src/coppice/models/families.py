@@ -12,7 +12,7 @@ from typing import Any
 
 from coppice.errors import CheckpointError, UnsupportedModelError
 from coppice.models.config import ACTIVATIONS, ExpertSpec, LayerSpec, ModelConfig, NormNames
-from coppice.models.fields import Fields, short
+from coppice.models.fields import MAX_DIM, Fields, short
 from coppice.models.rope import RopeSpec, max_context, read_rope
 
 MAX_LAYERS = 1024
@@ -60,7 +60,7 @@ def _base(
 def _reach(rope: RopeSpec) -> int:
     """Longest context of one set of angles; YaRN files often state the unstretched one."""
     stretched = int(rope.original * rope.factor) if rope.kind == "yarn" else 0
-    return max(max_context(rope), stretched)
+    return min(max(max_context(rope), stretched), MAX_DIM)
 
 
 def _ropes(
@@ -217,8 +217,9 @@ def _gemma3(f: Fields) -> ModelConfig:
             "Gemma 3 needs 'rope_parameters' for 'full_attention' and 'sliding_attention' each; "
             f"found {short(sorted(nested))}."
         )
-    full = {**(nested.get("full_attention") or {}), **_object(f, "rope_scaling")}
-    slide = nested.get("sliding_attention") or {}
+    laws = Fields(nested, where="config.json (rope_parameters)")
+    full = {**_object(laws, "full_attention"), **_object(f, "rope_scaling")}
+    slide = _object(laws, "sliding_attention")
     thetas = (f.number("rope_theta", 1e6), f.number("rope_local_base_freq", 1e4))
     plain = f.replaced(rope_scaling=None, rope_parameters=None)
     base = _base(plain, activation="hidden_activation")

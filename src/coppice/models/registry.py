@@ -96,21 +96,21 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(raw, family.defaults)
     fields.used.add("model_type")
     config = family.read(fields)
-    _refuse_unread(fields, model_type)
+    _refuse_unread(fields, config)
     return config
 
 
-def _refuse_unread(fields: Fields, model_type: str) -> None:
+def _refuse_unread(fields: Fields, config: ModelConfig) -> None:
     """Refuse settings that change the computation and were not taken into account."""
     for key, neutral in NEUTRAL.items():
         value = fields.raw.get(key)
         if key in fields.used or value is None or value in neutral:
             continue
-        if key == "layer_types" and set(map(str, value)) == {"full_attention"}:
+        if key == "layer_types" and value == ["full_attention"] * len(config.layers):
             continue
         raise UnsupportedModelError(
             f"config.json sets {key!r} to {short(value)}, which is not supported for "
-            f"{model_type!r}; supported: {', '.join(map(repr, neutral)) or 'unset'}."
+            f"{config.model_type!r}; supported: {', '.join(map(repr, neutral)) or 'unset'}."
         )
 
 

@@ -132,9 +132,14 @@ def read_rope(
         )
     if original is None:
         original = fields.integer("original_max_position_embeddings", max_position)
+    base = fields.number("rope_theta", theta)
+    if base <= 1 or original <= 1:  # the laws divide by their logarithms
+        raise CheckpointError(
+            f"Rope needs a theta and an original context above 1; found {base} and {original}."
+        )
     return RopeSpec(
         kind=kind,
-        theta=fields.number("rope_theta", theta),
+        theta=base,
         dim=dim,
         original=original,
         max_position=max_position,

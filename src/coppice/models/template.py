@@ -124,11 +124,11 @@ def prepare_messages(template: str, messages: Sequence[Mapping[str, Any]]) -> li
 
 @functools.lru_cache(maxsize=16)
 def reads_content_parts(template: str) -> bool:
-    """Whether the template loops over a message's content."""
+    """Whether the template loops over a message's content, or a variable of that name."""
     with metered(Meter(_COMPILE_CHARS, DEFAULT_FUEL, _COMPILE_TIMEOUT_S)):
         tree = jinja2.Environment.parse(build_environment(), template)
     return any(
-        isinstance(part, (nodes.Getattr, nodes.Getitem)) and _field(part) == "content"
+        _field(part) == "content"
         for loop in tree.find_all(nodes.For)
         for part in [loop.iter, *loop.iter.find_all((nodes.Getattr, nodes.Getitem))]
         if not isinstance(loop.iter, nodes.Call)
@@ -136,6 +136,9 @@ def reads_content_parts(template: str) -> bool:
 
 
 def _field(node: nodes.Node) -> str | None:
+    """The field or variable a loop walks over."""
+    if isinstance(node, nodes.Name):
+        return node.name
     if isinstance(node, nodes.Getattr):
         return node.attr
     if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):

@@ -19,7 +19,13 @@ FALLBACK = Tokenizer(
     toy_tokenizers.byte_fallback(), TokenizerFacts(special_tokens={"bos_token": "<s>"})
 )
 GEMMA = Tokenizer(toy_tokenizers.byte_fallback(strip=False), TokenizerFacts())
-TOKENIZERS = {"byte_level": LEVEL, "byte_fallback": FALLBACK, "gemma": GEMMA}
+TOKENIZERS = {
+    "byte_level": LEVEL,
+    "byte_fallback": FALLBACK,
+    "gemma": GEMMA,
+    "metaspace": Tokenizer(toy_tokenizers.metaspace(), TokenizerFacts()),
+    "words": Tokenizer(toy_tokenizers.words(), TokenizerFacts()),
+}
 TEXTS = st.text(alphabet="ab stop.\n🙂👩‍👧你好é", max_size=40)
 names = pytest.mark.parametrize("name", list(TOKENIZERS))
 
@@ -45,7 +51,7 @@ def run(tokenizer, ids, sizes, **options):
 
 
 @names
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     text=TEXTS,
     noise=st.lists(st.integers(0, 5000), max_size=8),
@@ -62,7 +68,7 @@ def test_streamed_equals_whole_decode(name, text, noise, sizes, skip):
 
 
 @names
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     text=TEXTS,
     noise=st.lists(st.integers(0, 5000), max_size=4),

@@ -8,7 +8,10 @@ import pytest
 
 from coppice.errors import CheckpointError, UnsupportedModelError
 from coppice.models.config import LayerSpec, ModelConfig
+from coppice.models.fields import MAX_DIM
 from coppice.models.registry import NEUTRAL, read_config
+from coppice.models.rope import frequencies
+from tools.make_model import SHAPES
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -261,3 +264,37 @@ def test_broken_settings_are_named(changes: dict[str, Any], match: str) -> None:
 def test_not_a_configuration(raw: Any) -> None:
     with pytest.raises(CheckpointError):
         read_config(raw)
+
+
+ODD: list[Any] = [
+    *(None, True, False, 0, 1, -1, 3, 2**70, 0.5, 1e300, float("nan"), float("inf")),
+    *("", "gelu", [], [1], [None], ["sliding_attention"] * 4, [[1, 2]] * 4, {}),
+    *({"rope_type": kind, "factor": 2.0} for kind in ("linear", "yarn", "longrope", "llama3", 3)),
+    {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [None] * 8},
+    {"rope_type": "yarn", "factor": 1e30, "rope_theta": 1e-30, "beta_fast": 1e30},
+    {"rope_type": "yarn", "factor": 1e30, "beta_fast": 1e30, "beta_slow": 1e-30},
+    {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1},
+    {"rope_type": "yarn", "original_max_position_embeddings": 1},
+    {"full_attention": None, "sliding_attention": {"rope_type": "linear"}},
+    {"full_attention": 3, "sliding_attention": [1]},
+    {1: 2},
+]
+MORE = ["rope_scaling", "rope_parameters", "rope_theta", "original_max_position_embeddings"]
+MORE += ["eos_token_id", "text_config", "sliding_window_pattern", "max_window_layers"]
+KEYS = sorted({*(key for shape in SHAPES.values() for key in shape), *NEUTRAL, *MORE})
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_any_setting_is_read_or_refused(shape: str) -> None:
+    for key in KEYS:
+        for value in ODD:
+            try:
+                config = read_config({**SHAPES[shape], key: value})
+                for rope in config.ropes:
+                    inverse, scale = frequencies(rope, config.max_position)
+                    assert scale > 0
+                    assert not inverse.isnan().any()
+            except CheckpointError:
+                continue
+            assert 1 <= config.max_position <= MAX_DIM
+            assert all(layer.window >= 0 for layer in config.layers)
