@@ -54,7 +54,7 @@ def _raw(path: str) -> Iterator[tuple[str, bytes]]:
     yield "number", b"7"
     yield "raw NUL", b"\x00" + good.encode()
     yield "NULs", b"\x00" * 10_000
-    yield "NUL in a string", good.replace("hi", "h\x00i").encode()[:-1] + b'\x00}'
+    yield "NUL in a string", good.replace("hi", "h\x00i").encode()[:-1] + b"\x00}"
     yield "byte-order mark", b"\xef\xbb\xbf" + good.encode()
     yield "UTF-16", good.encode("utf-16")
     yield "UTF-16 without mark", good.encode("utf-16-le")
@@ -185,16 +185,18 @@ def _shapes() -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield f"render messages: {name}", RENDER, {"messages": value}
     function = {"type": "function", "function": {"name": "f"}}
     tools: dict[str, dict[str, Any]] = {
-        "too many": {"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]},
+        "too many": {"tools": [function | {"function": {"name": f"f{i}"}} for i in range(129)]},
         "no name": {"tools": [{"type": "function", "function": {}}]},
         "bad name": {"tools": [{"type": "function", "function": {"name": "a b"}}]},
         "long name": {"tools": [{"type": "function", "function": {"name": "a" * 65}}]},
         "twice": {"tools": [function, function]},
-        "choice unknown": {"tools": [function], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        "choice unknown": {
+            "tools": [function], "tool_choice": {"type": "function", "function": {"name": "g"}},
+        },
         "choice word": {"tools": [function], "tool_choice": "always"},
         "choice without tools": {"tool_choice": "required"},
         "with format": {"tools": [function], "response_format": {"type": "json_object"}},
-        "parameters as list": {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+        "parameters as list": {"tools": [function | {"function": {"name": "f", "parameters": []}}]},
         "functions": {"functions": [{"name": "f"}]},
         "logprobs missing": {"top_logprobs": 3},
         "top_logprobs 21": {"logprobs": True, "top_logprobs": 21},

@@ -85,7 +85,7 @@ def test_drain_ends_what_remains_with_an_error_event(fake_model: Path) -> None:
 
 def test_second_sigterm_stops_now(fake_model: Path) -> None:
     with ServerProcess(fake_model, fake={"step_s": 0.02}, server={"drain_s": 60.0}) as server:
-        running, result = in_thread(lambda: stream_lines(server.url, LONG))
+        running, _ = in_thread(lambda: stream_lines(server.url, LONG))
         time.sleep(0.3)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)

@@ -51,7 +51,7 @@ def build_app(services: Services) -> FastAPI:
     install_handlers(app)
     for room in (chat, completions, models, text, health, operate):
         app.include_router(room.router)
-    install_document(app, keys_required=services.keys.required)
+    install_document(app, services)
     if page is not None:
         _mount_page(app, page)
     return app
