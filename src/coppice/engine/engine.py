@@ -368,7 +368,7 @@ def _report(sequence: Sequence) -> Output:
         cached_tokens=sequence.cached_tokens if first else 0,
         error=sequence.error,
         times=(sequence.submitted_s, sequence.scheduled_s, sequence.first_token_s)
-        if ended
+        if first or ended
         else None,
     )
 

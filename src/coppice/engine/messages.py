@@ -59,7 +59,7 @@ class Output(msgspec.Struct, frozen=True, tag=True, kw_only=True):
         cached_tokens: prompt tokens taken from the prefix cache (first message of a choice).
         error: ``(code, message)`` when ``finish_reason`` is ``failed``.
         times: monotonic seconds (engine clock) of arrival, first scheduling and first token,
-            in the last message of the choice.
+            in the first and the last message of the choice.
     """
 
     request_id: str

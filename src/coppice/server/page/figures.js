@@ -2,7 +2,7 @@
 
 const SVG_WIDTH = 120;
 const SVG_HEIGHT = 40;
-const MAX_CELLS = 160;
+const MAX_CELLS = 110;
 const MAX_DOTS = 48;
 const MAX_REQUESTS = 12;
 const at = (id) => document.getElementById(id);
@@ -50,26 +50,44 @@ export function drawQueue({ running, waiting, waiting_tokens: tokens, preemption
   at("queue-more").textContent = parts.join(" · ");
 }
 
-/** One cell is one page, or an equal share of them when there are many. */
-export function drawPages({ pages_used: used, pages_cached: cached, num_pages: pages }, pageSize) {
+/** How many pages a cell stands for: as few as leave a quarter of the cells for free pages. */
+function pagesPerCell(held, pages) {
+  let each = 1;
+  while (MAX_CELLS * each < Math.min(pages, held * (4 / 3))) each *= 2;
+  return each;
+}
+
+/** A cell is one page while few are held, more when many are; what is cut off is said. */
+export function drawPages(engine, pageSize) {
+  const { pages_used: used, pages_cached: cached, num_pages: pages } = engine;
   const free = Math.max(0, pages - used - cached);
   at("pages-used").textContent = count(used);
   at("pages-cached").textContent = count(cached);
   at("pages-free").textContent = count(free);
   at("strip-pages").textContent = `${Math.ceil((100 * used) / Math.max(1, pages))}% of pages`;
-  const wanted = Math.min(pages, MAX_CELLS);
-  const share = (number) => (number ? Math.max(1, Math.round((number * wanted) / pages)) : 0);
-  const usedCells = Math.min(share(used), wanted);
-  const cachedCells = Math.min(share(cached), wanted - usedCells);
+  const each = pagesPerCell(used + cached, pages);
+  const wanted = Math.min(Math.ceil(pages / each), MAX_CELLS);
+  const usedCells = Math.min(Math.ceil(used / each), wanted);
+  const cachedCells = Math.min(Math.ceil(cached / each), wanted - usedCells);
   cells(at("pages"), wanted, (index) => {
     if (index < usedCells) return "cell used";
     return index < usedCells + cachedCells ? "cell cached" : "cell";
   });
+  notePages(engine, each, pages - wanted * each);
   const size = pageSize ? `, ${pageSize} tokens each` : "";
   at("pages").setAttribute(
     "aria-label", `${count(used)} of ${count(pages)} KV pages used, ${count(cached)} cached${size}`,
   );
   at("pages").title = `${count(pages)} pages${size}`;
+}
+
+function notePages({ prefix_queried_tokens: asked, prefix_hit_tokens: found }, each, beyond) {
+  const parts = [];
+  const square = each === 1 ? "One page" : `${each} pages`;
+  if (beyond > 0) parts.push(`${square} per square, ${count(beyond)} more free.`);
+  if (asked) parts.push(`${Math.round((100 * found) / asked)}% of prompt tokens were cached.`);
+  at("pages-note").hidden = !parts.length;
+  at("pages-note").textContent = parts.join("\n");
 }
 
 const PHASES = ["queued", "prefill", "decode"];

@@ -14,7 +14,7 @@ const count = (number) => Math.round(number).toLocaleString("en");
 export class Live {
   constructor({ onInfo, onProblem }) {
     Object.assign(this, { onInfo, onProblem });
-    this.samples = []; // {at, generated, prompt, modelS, otherS}
+    this.samples = []; // {at, generated, modelS, otherS}
     this.rates = []; // {at, rate}
     this.timer = 0;
     this.failed = false;
@@ -68,8 +68,7 @@ export class Live {
   measure(engine) {
     const now = performance.now();
     const sample = {
-      at: now, generated: engine.generated_tokens, prompt: engine.prompt_tokens,
-      modelS: engine.model_s, otherS: engine.other_s,
+      at: now, generated: engine.generated_tokens, modelS: engine.model_s, otherS: engine.other_s,
     };
     if (this.samples.length && sample.generated < this.samples.at(-1).generated) this.samples = []; // restarted
     this.samples.push(sample);
@@ -77,11 +76,11 @@ export class Live {
     const first = this.samples[0];
     const seconds = (sample.at - first.at) / 1000;
     const rate = seconds ? (sample.generated - first.generated) / seconds : 0;
-    const promptRate = seconds ? (sample.prompt - first.prompt) / seconds : 0;
     this.rates.push({ at: now, rate });
     while (this.rates[0].at < now - SPARK_MS) this.rates.shift();
     at("rate").textContent = at("strip-rate").textContent = rate < 10 && rate > 0 ? rate.toFixed(1) : count(rate);
-    at("prompt-rate").textContent = count(promptRate);
+    const prefill = engine.prefill_rate_tok_s;
+    at("prefill-rate").textContent = prefill ? `${count(prefill)} tokens/s` : "–";
     const model = sample.modelS - first.modelS;
     const all = model + sample.otherS - first.otherS;
     if (all > 0) at("model-share").textContent = `${((100 * model) / all).toFixed(1)}% of step time`;

@@ -64,13 +64,12 @@ function showInfo(info) {
   at("server-facts").textContent = `Coppice ${info.version}` + (model ? ` · ${model.fingerprint}` : "");
   if (!model) return;
   at("model-name").textContent = modelName || model.name;
+  at("bundled-note").hidden = model.name !== "bundled";
   document.title = `${modelName || model.name} · Coppice`;
-  const threads = `${model.num_threads} thread${model.num_threads === 1 ? "" : "s"}`;
-  at("model-facts").textContent = [
-    parameters(model.num_params), model.weight_format, `${model.kernels} kernels`, threads,
-    `${model.context_length.toLocaleString("en")} tokens of context`,
-  ].join(" · ");
-  at("model-facts").title = `${model.architecture}, ${at("model-facts").textContent}`;
+  const facts = [parameters(model.num_params), model.weight_format, model.kernels.split(";")[0]];
+  facts.push(`${model.context_length.toLocaleString("en")} tokens of context`);
+  at("model-facts").textContent = facts.join(" · ");
+  at("model-facts").title = `${model.architecture} · ${model.kernels} · ${model.num_threads} threads`;
 }
 
 function parameters(number) {
