@@ -11,6 +11,7 @@ from starlette.staticfiles import StaticFiles
 
 import coppice
 from coppice.server.document import install_document
+from coppice.server.early import EarlyRefusal
 from coppice.server.errors import install_handlers
 from coppice.server.guard import Guard, RequestIds
 from coppice.server.limits import BodyLimits
@@ -44,6 +45,7 @@ def build_app(services: Services) -> FastAPI:
                 keys=services.keys,
                 public_prefix=PAGE_PREFIX if page else None,
             ),
+            Middleware(EarlyRefusal, services=services),
             Middleware(BodyLimits, config=services.config),
         ],
     )

@@ -211,7 +211,9 @@ async def _settled(future: Awaitable[object]) -> None:
 def _listen(config: ServerConfig) -> socket.socket:
 
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # NOTE: the protocol must be named; asyncio sets TCP_NODELAY only where it is, and without
+    # it every reply waits 40 ms for the client's delayed acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host.strip("[]"), config.port))

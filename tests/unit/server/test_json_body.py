@@ -69,4 +69,4 @@ def test_eight_megabytes_of_anything_take_linear_time(body: bytes) -> None:
     started = time.process_time()
     with contextlib.suppress(RequestError):
         parse_json(body)
-    assert time.process_time() - started < 2.5
+    assert time.process_time() - started < 4  # half a second on a quiet machine
