@@ -13,12 +13,11 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from tools.make_model import make_model
-
 from benchmarks.report import Goal, Report
 from benchmarks.serving.measure import Job, run_contender
 from benchmarks.workloads.azure import azure_lengths, text_tokens
 from coppice.models.load import locate
+from tools.make_model import make_model
 
 CONTENDERS = {
     "coppice": ("benchmarks.serving.coppice", ""),

@@ -15,7 +15,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -25,11 +25,14 @@ from coppice.engine.request import Grammar
 from coppice.errors import ConfigError, GrammarError
 from coppice.kernels.sampling import Mask
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 MAX_SOURCE_BYTES = 64 << 10
 MAX_TOOLS_BYTES = 1 << 20
 CACHE_ENTRIES = 256
 PROBE_STEPS = 16
-JSON_OPTIONS = {"whitespace_pattern": r" |\n[ ]{0,32}"}
+JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r" |\n[ ]{0,32}"}
 """llguidance's ``x-guidance`` options; a client's own are refused."""
 
 _JSON_LIMITS = LLParserLimits(
@@ -162,17 +165,18 @@ class GrammarCompiler:
                 return found
             if self._backend is None:
                 self._backend = _build(self._tokenizer)
-        matcher = self._fresh(grammar)
+            backend = self._backend
+        matcher = self._fresh(grammar, backend)
         with self._lock:
             self._cache[key.digest()] = matcher
             while len(self._cache) > CACHE_ENTRIES:
                 self._cache.popitem(last=False)
         return matcher
 
-    def _fresh(self, grammar: Grammar) -> LLMatcher:
+    def _fresh(self, grammar: Grammar, backend: LLTokenizer) -> LLMatcher:
         json_like = grammar.kind in ("json_schema", "json_object", "tools")
         limits = _JSON_LIMITS if json_like else _LARK_LIMITS
-        matcher = LLMatcher(self._backend, to_llguidance(grammar), limits=limits, log_level=0)
+        matcher = LLMatcher(backend, to_llguidance(grammar), limits=limits, log_level=0)
         if matcher.is_error():
             raise GrammarError(_explain(grammar, matcher.get_error()), param=_param(grammar))
         self._probe(grammar, matcher.deep_copy())

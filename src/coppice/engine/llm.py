@@ -18,7 +18,7 @@ from coppice.engine.loading import load_engine_model
 from coppice.engine.messages import Output
 from coppice.engine.outputs import CompletionOutput, RequestOutput
 from coppice.engine.request import Request, SamplingParams
-from coppice.errors import ConfigError, EngineError, RequestError
+from coppice.errors import ConfigError, RequestError
 from coppice.models.template import prepare_messages, render_chat
 from coppice.models.tokenizer import Tokenizer
 
@@ -95,6 +95,10 @@ class LLM:
         Args:
             prompts: a text or a list of token ids, or several of them.
             params: one for all, or one each; the defaults of `SamplingParams` when omitted.
+
+        Returns:
+            One result a prompt. An answer whose rows failed has ``finish_reason`` ``failed``
+            and the reason in ``stop_reason``; its neighbours are unharmed.
 
         Raises:
             RequestError: a prompt is empty or too long; nothing of the call is run then.
@@ -192,9 +196,6 @@ class LLM:
         done = choice.output
         if done.finish_reason is not None:
             return ""  # tokens of the step that was under way when a stop string ended it
-        if output.finish_reason == "failed":
-            code, message = output.error or ("engine_error", "the request failed")
-            raise EngineError(message, code=code)
         ended = output.finish_reason is not None
         piece = choice.text.push(output.tokens, stop_token=output.stop_token is not None)
         if ended:
@@ -207,9 +208,15 @@ class LLM:
             entry.result.num_cached_tokens = output.cached_tokens
         if choice.text.stop_reason is not None:
             done.finish_reason, done.stop_reason = "stop", choice.text.stop_reason
+            kept = choice.text.num_tokens
+            del done.token_ids[kept:]
+            if done.logprobs is not None:
+                del done.logprobs[kept:]
             self._engine.cancel(output.request_id, "stop", output.index)
         elif ended:
             done.finish_reason, done.stop_reason = output.finish_reason, output.stop_token
+            if output.error is not None:
+                done.stop_reason = output.error[1]
         return piece
 
     def _cancel(self, live: dict[str, _Live]) -> None:

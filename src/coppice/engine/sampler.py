@@ -181,9 +181,9 @@ def sample(
         logprobs = [None] * len(rows)
         for i, row in enumerate(rows):
             if row.num_top >= 0 and not choices.faults[i]:
-                n = min(row.num_top, values.shape[1])
-                ids, top = choices.top_ids[i, :n], choices.top_logprobs[i, :n]
-                pairs = list(zip(ids.tolist(), top.tolist(), strict=True))
+                ids = choices.top_ids[i, : row.num_top].tolist()
+                top = choices.top_logprobs[i, : row.num_top].tolist()
+                pairs = [(t, p) for t, p in zip(ids, top, strict=True) if t >= 0]
                 logprobs[i] = TokenLogprob(
                     int(choices.tokens[i]), float(choices.logprobs[i]), pairs
                 )

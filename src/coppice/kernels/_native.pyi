@@ -59,6 +59,23 @@ def rope(
     max_position: int,
     /,
 ) -> None: ...
+def sample(
+    logits: int,
+    params: int,
+    position: int,
+    mask: int,
+    mask_words: int,
+    token: int,
+    fault: int,
+    logprob: int,
+    top_token: int,
+    top_logprob: int,
+    rows: int,
+    vocab: int,
+    top_columns: int,
+    /,
+) -> None: ...
+def gumbel(seed: int, position: int, n: int, out: int, /) -> None: ...
 def attention(
     q: int,
     sinks: int,

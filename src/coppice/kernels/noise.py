@@ -125,7 +125,8 @@ def _log_of(exponent: F32, f: F32) -> F32:
         p = p * f + c
     square = f * f
     tail = (square * f) * p + exponent * _LN2_LO
-    return exponent * _LN2_HI + (f + (tail - _f(0.5) * square))
+    result: F32 = exponent * _LN2_HI + (f + (tail - _f(0.5) * square))
+    return result
 
 
 def exp(x: F32) -> F32:
@@ -138,4 +139,5 @@ def exp(x: F32) -> F32:
     for c in _EXP_POLY[-2::-1]:
         p = p * r + c
     y = (r * r) * p + r + _f(1.0)
-    return (y.view(np.int32) + (n.astype(np.int32) << np.int32(23))).view(np.float32)
+    scaled: F32 = (y.view(np.int32) + (n.astype(np.int32) << np.int32(23))).view(np.float32)
+    return scaled

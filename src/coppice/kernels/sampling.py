@@ -7,12 +7,16 @@ that order. A row is a function of its own logits, parameters, position and mask
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from coppice.errors import ConfigError
 
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
@@ -193,7 +197,7 @@ def choose(
     positions: I64,
     masks: Sequence[Mask | None] | None = None,
     *,
-    native: Any = None,
+    backend: Literal["native", "reference"] | None = None,
 ) -> Choices:
     """Choose one token per row.
 
@@ -202,41 +206,74 @@ def choose(
         params: of each row's sequence; the same object may stand in several rows.
         positions: ``[W]`` absolute position of the token to be chosen.
         masks: per row the allowed tokens, or ``None`` for all.
-        native: the extension's sampler module, or ``None`` for the numpy reference.
+        backend: force one implementation; by default native where it was built.
 
     Returns:
         Tokens, fault codes and, for rows that asked, logprobs.
     """
     num_rows = logits.shape[0]
-    wants = any(p.num_top >= 0 for p in params)
+    wants = max((p.num_top for p in params), default=-1) >= 0
     choices = Choices.empty(num_rows, MAX_TOP if wants else 0)
-    if native is None:
-        from coppice.kernels.sampling_reference import choose_row
-
-        for i in range(num_rows):
-            mask = masks[i] if masks is not None else None
-            choose_row(logits[i], params[i], int(positions[i]), mask, choices, i)
+    native = None if backend == "reference" else native_module()
+    if native is not None:
+        _choose_native(native, logits, params, positions, masks, out=choices)
         return choices
+    if backend == "native":
+        raise ConfigError("The native sampler is not built; reinstall with a C++ compiler.")
+    from coppice.kernels.sampling_reference import choose_row
+
+    for i in range(num_rows):
+        mask = masks[i] if masks is not None else None
+        choose_row(logits[i], params[i], int(positions[i]), mask, out=choices, i=i)
+    return choices
+
+
+@functools.cache
+def native_module() -> Any:
+    """The extension, or ``None`` where it was not built."""
+    try:
+        module = importlib.import_module("coppice.kernels._native")
+    except ImportError:
+        return None
+    return module if hasattr(module, "sample") else None  # an older build in a checkout
+
+
+def _choose_native(
+    native: Any,
+    logits: F32,
+    params: Sequence[RowParams],
+    positions: I64,
+    masks: Sequence[Mask | None] | None,
+    *,
+    out: Choices,
+) -> None:
+    num_rows, vocab = logits.shape
+    if not (logits.flags.c_contiguous and logits.dtype == np.float32):
+        raise ValueError("logits must be contiguous float32")
+    if not len(params) == len(positions) == num_rows or positions.dtype != np.int64:
+        raise ValueError("params and positions (int64) need one entry per row")
     addresses = np.fromiter((p.address for p in params), np.uint64, num_rows)
-    mask_addresses, mask_words = None, None
+    mask_addresses = mask_words = None
     if masks is not None:
         mask_addresses = np.fromiter(
             (0 if m is None else _address(m) for m in masks), np.uint64, num_rows
         )
         mask_words = np.fromiter((0 if m is None else len(m) for m in masks), np.int32, num_rows)
     native.sample(
-        logits,
-        addresses,
-        positions,
-        mask_addresses,
-        mask_words,
-        choices.tokens,
-        choices.faults,
-        choices.logprobs,
-        choices.top_ids,
-        choices.top_logprobs,
+        _address(logits),
+        _address(addresses),
+        _address(positions),
+        0 if mask_addresses is None else _address(mask_addresses),
+        0 if mask_words is None else _address(mask_words),
+        _address(out.tokens),
+        _address(out.faults),
+        _address(out.logprobs),
+        _address(out.top_ids),
+        _address(out.top_logprobs),
+        num_rows,
+        vocab,
+        out.top_ids.shape[1],
     )
-    return choices
 
 
 def _address(array: NDArray[Any]) -> int:

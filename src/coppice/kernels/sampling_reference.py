@@ -28,7 +28,7 @@ _SQRT_HALF = 0.7071067811865476
 
 
 def choose_row(
-    raw: F32, params: RowParams, position: int, mask: Mask | None, out: Choices, i: int
+    raw: F32, params: RowParams, position: int, mask: Mask | None, *, out: Choices, i: int
 ) -> None:
     """Fill row ``i`` of ``out`` from ``raw [V]``; see `coppice.kernels.sampling.STEPS`."""
     if not bool(np.all(raw < np.inf)):
@@ -121,6 +121,7 @@ def _logprobs(raw: F32, num_top: int, out: Choices, i: int) -> None:
     top, log_z = log_sum_exp(raw)
     out.logprobs[i] = (float(raw[out.tokens[i]]) - top) - log_z
     best = np.argsort(-raw, kind="stable")[:num_top]
+    best = best[raw[best] > -np.inf]
     out.top_ids[i, : len(best)] = best
     out.top_logprobs[i, : len(best)] = (raw[best].astype(np.float64) - top) - log_z
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,9 @@ NAMED_SPECIALS = (
     "cls_token",
     "mask_token",
 )
+
+PROBE = "Probe 0 \N{GRINNING FACE}\U0010fffd\n"
+"""Text with a word, a digit, an emoji and a character no vocabulary has."""
 
 _log = logging.getLogger(__name__)
 
@@ -260,11 +264,25 @@ def parse_backend(text: str, origin: str) -> tokenizers.Tokenizer:
     Raises:
         CheckpointError: the text is not a tokenizer; ``origin`` is named in the message.
     """
+    with refusing(origin):
+        backend = tokenizers.Tokenizer.from_str(text)
+        # Some contradictions (an unknown token that does not exist) only show in use.
+        backend.decode(backend.encode(PROBE).ids)
+    return backend
+
+
+@contextmanager
+def refusing(origin: str) -> Iterator[None]:
+    """Turn whatever ``tokenizers`` raises on bad data into a `CheckpointError`.
+
+    The library raises bare ``Exception``, and its Rust panics arrive as a ``BaseException``
+    of their own.
+    """
     try:
-        return tokenizers.Tokenizer.from_str(text)
+        yield
+    except CheckpointError:
+        raise
     except BaseException as error:
-        # The library raises bare Exception on bad input, and its Rust panics arrive as a
-        # BaseException of their own.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise CheckpointError(
                 f"{origin} is not a readable tokenizer ({str(error)[:200]}); download it again."

@@ -418,6 +418,20 @@ def test_unfit_tokenizers_are_refused(tmp_path, change, error):
         read_tokenizer(reader)
 
 
+def test_merge_into_a_missing_token_is_a_checkpoint_error(tmp_path):
+    backend = toy_tokenizers.byte_level(300)
+    writer = gguf.GGUFWriter(str(tmp_path / "t.gguf"), "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(backend.get_vocab()))
+    writer.add_token_merges(["Z Z"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="Z Z"):
+        open_tokenizer(tmp_path / "t.gguf")
+
+
 def test_tokenizer_needs_no_torch(tmp_path):
     path = model(tmp_path / "m.gguf")
     code = (

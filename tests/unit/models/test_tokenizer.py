@@ -156,6 +156,15 @@ def test_unsupported_decoder_is_named(tmp_path):
         Tokenizer.from_folder(folder)
 
 
+def test_missing_unknown_token_is_found_at_load_not_at_the_first_request(tmp_path):
+    folder = save_folder(toy_tokenizers.byte_fallback(), tmp_path)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["model"] |= {"unk_token": "<gone>", "byte_fallback": False}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(CheckpointError, match="<gone>"):
+        Tokenizer.from_folder(folder)
+
+
 def test_mutated_files_load_or_are_refused(tmp_path):
     rng = random.Random(11)
     for backend in (toy_tokenizers.byte_level(), toy_tokenizers.byte_fallback()):

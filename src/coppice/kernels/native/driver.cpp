@@ -99,6 +99,12 @@ std::vector<std::string> available() {
   return names;
 }
 
+const Table* chosen_table() { return chosen.load(); }
+
+void run_rows(int64_t rows, int64_t row_work, const std::function<void(int64_t row)>& f) {
+  parallel_rows(rows, row_work, 0, [&](int64_t row, float*) { f(row); });
+}
+
 std::string isa() { return chosen.load()->name; }
 
 void set_isa(const std::string& name) {

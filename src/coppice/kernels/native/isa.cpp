@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "sampler_lanes.h"
 
 namespace coppice {
 namespace COPPICE_ISA {
@@ -32,7 +33,7 @@ static float fma_probe(int64_t rounds) {
 static const Table table = {
     COPPICE_ISA_NAME, W,    ROWS, ROW_BLOCK, LINEAR_FLOATS * 4, attention_bytes,
     linear,           pack, unpack, gather,  norm,              gate,
-    rope,             attention, read_probe, fma_probe,
+    rope,             attention, read_probe, fma_probe, &sampler_table,
 };
 
 }  // namespace COPPICE_ISA

@@ -86,6 +86,8 @@ struct AttentionArgs {
   int32_t window;
 };
 
+struct SamplerTable;  // sampler.h
+
 struct Table {
   const char* name;
   int width;             // floats per register
@@ -103,6 +105,7 @@ struct Table {
   void (*attention)(const AttentionArgs&, int64_t task, float* scratch);
   float (*read_probe)(const float*, int64_t count);
   float (*fma_probe)(int64_t rounds);  // 2 * 16 * 12 * rounds flops
+  const SamplerTable* sampler;
 };
 
 constexpr int64_t TILE_QUERIES = 96;  // query vectors (rows x heads of a group) per tile

@@ -123,6 +123,10 @@ void bind_attention(nb::module_& m) {
 
 }  // namespace
 
+namespace coppice {
+void bind_sampler(nb::module_& m);  // sampler.cpp
+}
+
 NB_MODULE(_native, m) {
   m.doc() = "Native CPU kernels; see coppice.kernels.native.";
   m.def("available", &coppice::available);
@@ -141,4 +145,5 @@ NB_MODULE(_native, m) {
   bind_linear(m);
   bind_elementwise(m);
   bind_attention(m);
+  coppice::bind_sampler(m);
 }

@@ -128,4 +128,5 @@ def dequantize(raw: Bytes, kind: str) -> Floats:
         kind: a name in `BY_NAME`.
     """
     quant = BY_NAME[kind]
-    return quant.decode(raw.reshape(-1, quant.block_bytes)).reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):  # a scale may be infinite or NaN
+        return quant.decode(raw.reshape(-1, quant.block_bytes)).reshape(-1)

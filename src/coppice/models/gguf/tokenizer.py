@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from coppice.errors import CheckpointError, UnsupportedModelError
 from coppice.models.gguf.pretokenizers import PRETOKENIZERS, PreTokenizer
 from coppice.models.gguf.reader import GGUFReader, StringArray
-from coppice.models.tokenizer import Tokenizer, TokenizerFacts
+from coppice.models.tokenizer import PROBE, Tokenizer, TokenizerFacts, refusing
 
 MAX_VOCAB = 4 << 20
 MAX_PIECE = 512
@@ -42,7 +42,13 @@ def read_tokenizer(reader: GGUFReader) -> Tokenizer:
         CheckpointError: its parts are missing or contradict each other.
         UnsupportedModelError: a tokenizer model or pre-tokenizer that is not built.
     """
-    parts = _Parts(reader)
+    with refusing(reader.path.name):
+        tokenizer = _build(_Parts(reader))
+        tokenizer.decode(tokenizer.encode(PROBE))
+    return tokenizer
+
+
+def _build(parts: _Parts) -> Tokenizer:
     kind = parts.text("model")
     if kind == "gpt2":
         backend = _byte_level(parts)
@@ -96,7 +102,8 @@ class _Parts:
         found = []
         for merge in self._strings("merges"):
             left, space, right = merge.partition(" ")
-            if not space or left not in self.vocab or right not in self.vocab:
+            known = left in self.vocab and right in self.vocab and left + right in self.vocab
+            if not space or not known:
                 raise self.wrong(f"the merge {merge[:80]!r} names tokens that are not there")
             found.append((left, right))
         return found
