@@ -153,7 +153,9 @@ def probe(size_bytes: int = 256 << 20) -> Probe:
     from coppice.kernels import _native
 
     _start_pool()
-    memory = torch.ones(size_bytes // 4)
+    memory = torch.empty(size_bytes // 4)
+    _native.advise_huge(memory.data_ptr(), memory.nbytes)
+    memory.fill_(1.0)
     return Probe(
         read_bytes_s=_native.read_probe(memory.data_ptr(), memory.numel(), 5),
         fma_flop_s=_native.fma_probe(2_000_000),

@@ -17,9 +17,11 @@ std::vector<const Table*> tables() {
 #if defined(COPPICE_X86)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(COPPICE_AVX512)
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     found.push_back(avx512_table());
+#endif
   if (avx2) found.push_back(avx2_table());
 #if defined(COPPICE_WIDE)
   if (avx2) found.push_back(wide_table());

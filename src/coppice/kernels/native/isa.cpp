@@ -8,11 +8,13 @@
 namespace coppice {
 namespace COPPICE_ISA {
 
+// Four streams side by side, as memory controllers like it best.
 static float read_probe(const float* p, int64_t count) {
+  const int64_t quarter = count / 64 * 16;
   V16 acc[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
-  for (int64_t i = 0; i + 64 <= count; i += 64)
+  for (int64_t i = 0; i < quarter; i += 16)
 #pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) acc[u] = acc[u] + load16(p + i + 16 * u);
+    for (int u = 0; u < 4; ++u) acc[u] = acc[u] + load16(p + u * quarter + i);
   return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
