@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ class Job:
         prompts: token ids of each request.
         answers: tokens each request must generate (EOS ignored, greedy).
         mode: how the contender batches, where it has a choice.
+        limit_s: seconds of serving after which it gives up; 0 for none.
     """
 
     model: str
@@ -28,6 +30,7 @@ class Job:
     prompts: list[list[int]]
     answers: list[int]
     mode: str = ""
+    limit_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Measured:
     """What a contender did.
 
     Attributes:
-        seconds: first request submitted to last token.
+        seconds: first request submitted to last token, or the limit when it gave up: then
+            the throughput is an upper bound, and there are no latencies.
         ttft_s, tpot_s: per request; TPOT is the mean gap after the first token.
         extra: figures only this contender has.
     """
@@ -50,8 +54,9 @@ class Measured:
         return {
             "output_tok_s": sum(job.answers) / self.seconds,
             "total_tok_s": (sum(job.answers) + sum(map(len, job.prompts))) / self.seconds,
-            "ttft_p50_s": statistics.median(self.ttft_s),
-            "tpot_p50_ms": 1e3 * statistics.median(self.tpot_s),
+            "ttft_p50_s": statistics.median(self.ttft_s or [math.nan]),
+            "tpot_p50_ms": 1e3 * statistics.median(self.tpot_s or [math.nan]),
+            "gave_up": float(not self.ttft_s),
             **self.extra,
         }
 
