@@ -1,0 +1,1 @@
+"""Peers, each started the same way every time."""

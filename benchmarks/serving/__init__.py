@@ -1,0 +1,1 @@
+"""Serving benchmark: Coppice beside `transformers` under closed-loop load."""

@@ -1,0 +1,121 @@
+"""``python -m benchmarks.serving [--quick]``: Coppice beside `transformers`, closed loop.
+
+Models: the bundled one, and random weights in the shape of Qwen2.5-0.5B in bf16. Prompt and
+answer lengths are those of the Azure conversation trace, divided by a stated factor. The
+contenders take turns; each figure is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+from benchmarks.report import Goal, Report
+from benchmarks.serving.measure import Job, run_contender
+from benchmarks.workloads.azure import azure_lengths, text_tokens
+from coppice.models.load import locate
+from tools.make_model import make_model
+
+CONTENDERS = {
+    "coppice": ("benchmarks.serving.coppice", ""),
+    "transformers static": ("benchmarks.peers.transformers_serving", "static"),
+    "transformers continuous": ("benchmarks.peers.transformers_serving", "continuous"),
+}
+
+
+def main() -> int:
+    """Run every model and concurrency; non-zero when a goal is missed."""
+    parser = argparse.ArgumentParser(prog="benchmarks.serving", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer requests, one round")
+    parser.add_argument("--rounds", type=int, default=None, help="rounds of alternating runs")
+    parser.add_argument("--divide", type=float, default=8.0, help="trace lengths are divided by")
+    parser.add_argument("--seed", type=int, default=1, help="place in the trace")
+    parser.add_argument("--models", nargs="*", default=["bundled", "qwen2.5-0.5b"])
+    parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 8, 32])
+    args = parser.parse_args()
+    rounds = args.rounds or (1 if args.quick else 3)
+    report = Report(
+        "serving",
+        ["model", "clients", "contender", "output tok/s", "TTFT p50 s", "TPOT p50 ms", "ratio"],
+    )
+    report.metrics["divide"] = args.divide
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in args.models:
+            folder = locate(name) if name == "bundled" else Path(scratch) / name
+            if name != "bundled":
+                make_model(name, folder)
+            for clients in args.concurrency:
+                job = _job(folder, clients, args)
+                _compare(report, name, job, rounds)
+            _overhead_goals(report, name, folder)
+    return report.finish()
+
+
+def _job(folder: Path, clients: int, args: argparse.Namespace) -> Job:
+    config = json.loads((folder / "config.json").read_text())
+    count = max(4, clients) if args.quick else max(8, 2 * clients)
+    lengths = azure_lengths(
+        count,
+        divide=args.divide,
+        max_context=min(1024, config["max_position_embeddings"]),
+        seed=args.seed,
+    )
+    prompts = [
+        text_tokens(item.prompt, min(4096, config["vocab_size"]), seed=i)
+        for i, item in enumerate(lengths)
+    ]
+    return Job(str(folder), "bfloat16", clients, prompts, [item.answer for item in lengths])
+
+
+def _compare(report: Report, name: str, job: Job, rounds: int) -> None:
+    """Alternate the contenders and add a row each, with the ratio to the best peer."""
+    runs: dict[str, list[dict[str, float]]] = {}
+    for _ in range(rounds):
+        for contender, (module, mode) in CONTENDERS.items():
+            this = Job(**{**vars(job), "mode": mode})
+            runs.setdefault(contender, []).append(run_contender(module, this).summary(this))
+    medians = {
+        contender: {key: statistics.median(run[key] for run in found) for key in found[0]}
+        for contender, found in runs.items()
+    }
+    best = max(m["output_tok_s"] for c, m in medians.items() if c != "coppice")
+    for contender, m in medians.items():
+        report.rows.append(
+            [
+                name,
+                str(job.concurrency),
+                contender,
+                f"{m['output_tok_s']:.1f}",
+                f"{m['ttft_p50_s']:.3f}",
+                f"{m['tpot_p50_ms']:.2f}",
+                f"{m['output_tok_s'] / best:.2f}",
+            ]
+        )
+    key = f"{name}@{job.concurrency}"
+    report.metrics[key] = medians
+    ratio = medians["coppice"]["output_tok_s"] / best
+    if job.concurrency == 8:
+        report.goals.append(Goal.at_least(f"{key}: throughput over transformers", ratio, 2.0))
+    if name != "bundled":
+        share = medians["coppice"]["other_share"]
+        report.goals.append(Goal.at_most(f"{key}: time outside the model, share", share, 0.08))
+
+
+def _overhead_goals(report: Report, name: str, folder: Path) -> None:
+    """Time outside the model at 64 decoding sequences, per step."""
+    if name != "bundled":
+        return
+    prompts = [text_tokens(32, 4096, seed=i) for i in range(64)]
+    job = Job(str(folder), "bfloat16", 64, prompts, [128] * 64)
+    extra = run_contender("benchmarks.serving.coppice", job).extra
+    report.metrics["bundled@64"] = extra
+    report.goals.append(
+        Goal.at_most("64 sequences: ms a step outside the model", extra["other_ms_per_step"], 1.0)
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

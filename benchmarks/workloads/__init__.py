@@ -1,0 +1,1 @@
+"""Readers of the real traces and texts."""

@@ -1,0 +1,33 @@
+"""The storage of KV pages: one tensor pair per layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coppice.models.kv import KVLayout
+
+
+class KVPool:
+    """K and V of all pages, ``[num_pages, num_kv_heads, page_size, head_dim]`` per layer.
+
+    Args:
+        layout: shapes and dtype.
+        num_pages: pages to hold; memory is touched as pages are first written.
+    """
+
+    def __init__(self, layout: KVLayout, num_pages: int) -> None:
+        shape = (num_pages, layout.num_kv_heads, layout.page_size, layout.head_dim)
+        self.layout = layout
+        self.num_pages = num_pages
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+        for _ in range(layout.num_layers):
+            self.k.append(torch.empty(shape, dtype=layout.dtype, device=layout.device))
+            self.v.append(torch.empty(shape, dtype=layout.dtype, device=layout.device))
+
+    def copy_page(self, src: int, dst: int) -> None:
+        """Copy one page's K and V of every layer (copy-on-write of a shared tail)."""
+        for k, v in zip(self.k, self.v, strict=True):
+            k[dst].copy_(k[src])
+            v[dst].copy_(v[src])

@@ -1,0 +1,51 @@
+"""A live estimate of step time, refreshed from every step."""
+
+from __future__ import annotations
+
+DECAY = 0.98
+"""Weight of what was known before a new step; about fifty steps of memory."""
+
+
+class StepCost:
+    """Fits ``time(rows) = base + per_row * rows`` by exponentially weighted least squares.
+
+    Used for refusal times and to keep a step under its time bound, never for results.
+    """
+
+    def __init__(self) -> None:
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """Learn from one finished step."""
+        x = float(num_rows)
+        self._n = self._n * DECAY + 1.0
+        self._x = self._x * DECAY + x
+        self._y = self._y * DECAY + seconds
+        self._xx = self._xx * DECAY + x * x
+        self._xy = self._xy * DECAY + x * seconds
+
+    @property
+    def per_row_s(self) -> float:
+        """Marginal seconds of a row; the mean over rows while all steps look alike."""
+        if self._n == 0.0:
+            return 0.0
+        spread = self._n * self._xx - self._x * self._x
+        mean = self._y / self._x
+        if spread <= 1e-6 * self._n * self._xx:
+            return mean
+        slope = (self._n * self._xy - self._x * self._y) / spread
+        return min(max(slope, 0.0), mean) or mean
+
+    @property
+    def base_s(self) -> float:
+        """Seconds of a step with no rows."""
+        if self._n == 0.0:
+            return 0.0
+        return max(0.0, (self._y - self.per_row_s * self._x) / self._n)
+
+    def rows_within(self, seconds: float, most: int) -> int:
+        """Rows a step may have to end within ``seconds``; at least 1, at most ``most``."""
+        per_row = self.per_row_s
+        if per_row <= 0.0:
+            return most
+        return max(1, min(most, int((seconds - self.base_s) / per_row)))

@@ -1,0 +1,98 @@
+"""Lays granted rows out as the arrays of one step."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from coppice.engine.sequence import Sequence
+from coppice.kernels.rows import Rows
+
+
+class BatchLayout:
+    """Reusable host arrays for steps of up to ``max_rows`` rows over ``max_sequences``.
+
+    Args:
+        max_rows: rows a step may have.
+        max_sequences: page-table rows, one a running sequence.
+        max_pages: pages a sequence may hold.
+    """
+
+    def __init__(self, max_rows: int, max_sequences: int, max_pages: int) -> None:
+        self._fields = np.zeros((6, max_rows), dtype=np.int32)
+        self._fields[5] = -1  # no adapters yet
+        self._logit_rows = np.zeros(max_rows, dtype=np.int32)
+        self._prefix_len = np.zeros(max_sequences, dtype=np.int32)
+        self._page_table = np.full((max_sequences, max_pages), -1, dtype=np.int32)
+        self._free_slots = list(range(max_sequences - 1, -1, -1))
+        self._num_rows = 0
+        self._num_logits = 0
+        self._views = [torch.from_numpy(row) for row in self._fields]
+        self._logit_view = torch.from_numpy(self._logit_rows)
+        self._prefix_view = torch.from_numpy(self._prefix_len)
+        self._table_view = torch.from_numpy(self._page_table)
+
+    def take_slot(self, sequence: Sequence) -> None:
+        """Give a sequence its page-table row."""
+        sequence.slot = self._free_slots.pop()
+        self.write_pages(sequence, 0)
+
+    def free_slot(self, sequence: Sequence) -> None:
+        """Take the page-table row back."""
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+
+    def write_pages(self, sequence: Sequence, first: int) -> None:
+        """Copy the sequence's page ids from ``first`` on into its row."""
+        self._page_table[sequence.slot, first : len(sequence.pages)] = sequence.pages[first:]
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self._num_rows = 0
+        self._num_logits = 0
+
+    def add(self, sequence: Sequence, num_rows: int) -> bool:
+        """Append the next ``num_rows`` tokens of a sequence.
+
+        Returns:
+            Whether the last of them is the sequence's last token, so that its logits are
+            wanted; its place among the step's logits is the order of such calls.
+        """
+        a, b = self._num_rows, self._num_rows + num_rows
+        start = sequence.num_computed
+        end = start + num_rows
+        token, position, owner, parent, slot, _ = self._fields
+        if num_rows == 1:
+            token[a] = sequence.tokens[start]
+            position[a] = slot[a] = start
+            owner[a] = sequence.slot
+        else:
+            token[a:b] = sequence.tokens[start:end]
+            position[a:b] = slot[a:b] = np.arange(start, end)
+            owner[a:b] = sequence.slot
+            parent[a:b] = np.arange(a - 1, b - 1)
+        parent[a] = -1
+        self._prefix_len[sequence.slot] = start
+        self._num_rows = b
+        last = end == len(sequence.tokens)
+        if last:
+            self._logit_rows[self._num_logits] = b - 1
+            self._num_logits += 1
+        return last
+
+    def rows(self) -> Rows:
+        """The step's rows; views into this object's arrays, valid until `clear`."""
+        token, position, owner, parent, slot, adapter = (
+            view[: self._num_rows] for view in self._views
+        )
+        return Rows(
+            token=token,
+            position=position,
+            sequence=owner,
+            parent=parent,
+            slot=slot,
+            adapter=adapter,
+            logit_rows=self._logit_view[: self._num_logits],
+            page_table=self._table_view,
+            prefix_len=self._prefix_view,
+        )

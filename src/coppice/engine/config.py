@@ -1,0 +1,103 @@
+"""Settings of the engine: the model, its cache and the size of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from coppice.errors import ConfigError
+from coppice.settings import RoomConfig, setting
+
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(RoomConfig):
+    """What one engine loads and how much of the machine it may use.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range, or two contradict.
+    """
+
+    ROOM: ClassVar[str] = "engine"
+
+    model: str = setting(
+        "bundled",
+        "Model to load: 'bundled', a folder of safetensors, a GGUF file, or a hub id.",
+    )
+    dtype: DType = setting(
+        "auto",
+        "Precision of weights and KV pages; 'auto' loses nothing (float16 becomes float32).",
+    )
+    context_length: int | None = setting(
+        None,
+        "Longest prompt plus answer in tokens; none means the model's own limit.",
+        minimum=16,
+        maximum=1 << 24,
+    )
+    kv_cache_mib: int = setting(
+        256,
+        "Memory for KV pages in MiB; it is reserved at start and touched as pages fill.",
+        minimum=1,
+        maximum=1 << 24,
+    )
+    page_size: int = setting(
+        32,
+        "Tokens in one KV page; a power of two.",
+        minimum=8,
+        maximum=256,
+    )
+    max_rows: int = setting(
+        512,
+        "Most rows (prompt and answer tokens together) in one step.",
+        minimum=1,
+        maximum=1 << 16,
+    )
+    prefill_chunk: int = setting(
+        256,
+        "Most prompt tokens of one sequence in one step, so that long prompts do not hold "
+        "up answers.",
+        minimum=1,
+        maximum=1 << 16,
+    )
+    max_sequences: int = setting(
+        64,
+        "Most sequences that run at the same time; others wait.",
+        minimum=1,
+        maximum=1 << 14,
+    )
+    num_threads: int | None = setting(
+        None,
+        "Threads for the model; none means the cores this process may use.",
+        minimum=1,
+        maximum=1024,
+    )
+    prefix_cache: bool = setting(
+        True,
+        "Keep KV pages of finished prompts and reuse them for equal beginnings.",
+    )
+    seed: int = setting(
+        0,
+        "Seed from which requests of this process that bring none draw theirs; servers draw anew.",
+        minimum=0,
+        maximum=2**63 - 1,
+    )
+    stats_interval_s: float = setting(
+        0.25,
+        "Seconds between two reports of live figures from the engine.",
+        minimum=0.01,
+        maximum=60.0,
+    )
+    watchdog_s: float = setting(
+        30.0,
+        "Seconds one step may take before the engine writes its stacks to the log; 0 is off.",
+        minimum=0.0,
+        maximum=3600.0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.page_size & (self.page_size - 1):
+            raise ConfigError(
+                f"page_size must be a power of two, got {self.page_size}.", param="page_size"
+            )

@@ -1,0 +1,382 @@
+"""The engine: the life of every request, one step at a time, in one thread.
+
+Sentence by sentence: `submit` queues a request's sequences; `step` shows the planner a
+snapshot, carries out its plan (victims leave, newcomers take pages, granted rows run),
+appends the chosen tokens and reports them; whatever ends a sequence goes through `_end`,
+which gives its pages back and counts its outcome once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from coppice.cache.pool import KVPool
+from coppice.cost import StepCost
+from coppice.engine.batch import BatchLayout
+from coppice.engine.config import EngineConfig
+from coppice.engine.loading import EngineModel
+from coppice.engine.messages import (
+    CancelReason,
+    FinishReason,
+    ModelFacts,
+    Output,
+    StepStats,
+)
+from coppice.engine.pages import SequencePages
+from coppice.engine.request import Grammar, Request
+from coppice.engine.sampler import SamplerState
+from coppice.engine.sequence import Sequence
+from coppice.engine.step import Choice, StepRunner
+from coppice.errors import ContextOverflowError, RequestError, RowFaultError
+from coppice.scheduling import Plan, Planner, Snapshot, StepPlanner
+from coppice.scheduling.planner import order_key
+
+if TYPE_CHECKING:
+    from coppice.engine.grammar import GrammarCompiler, GrammarState
+
+MAX_STEP_S = 0.25
+"""Bound on a step, so that cancels, deadlines and arrivals act within two of them."""
+
+
+class Engine:
+    """Continuous batching over one model.
+
+    Args:
+        model: the loaded model and its tokenizer facts.
+        config: sizes and switches.
+        planner: who gets rows; first come first served by priority when omitted.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        model: EngineModel,
+        config: EngineConfig,
+        *,
+        planner: Planner | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.clock = clock
+        self._planner = planner or StepPlanner()
+        layout = model.decoder.kv_layout(config.page_size)
+        num_pages = max(1, (config.kv_cache_mib << 20) // layout.page_bytes)
+        self.num_pages = num_pages
+        self.context_length = min(
+            config.context_length or model.facts.context_length,
+            model.facts.context_length,
+            num_pages * config.page_size,
+        )
+        pool = KVPool(layout, num_pages)
+        self.pages = SequencePages(pool, prefix_cache=config.prefix_cache)
+        max_pages = -(-self.context_length // config.page_size) + 1
+        self._batch = BatchLayout(config.max_rows, config.max_sequences, max_pages)
+        self._runner = StepRunner(model.decoder, pool, self.pages, self._batch)
+        self._grammars: GrammarCompiler | None = None
+        self._requests: dict[str, list[Sequence]] = {}
+        self._held_back: dict[str, int] = {}
+        self._running: list[Sequence] = []
+        self._waiting: list[Sequence] = []
+        self._deadlines: list[tuple[float, str]] = []
+        self._arrivals = 0
+        self._cost = StepCost()
+        self._totals: Counter[str] = Counter()
+        self._seconds = {"model": 0.0, "other": 0.0}
+        self.outcomes: Counter[str] = Counter()
+
+    # -- what the outside calls ------------------------------------------------------------
+
+    def facts(self) -> ModelFacts:
+        """The model's facts with this engine's sizes."""
+        return msgspec.structs.replace(
+            self.model.facts, context_length=self.context_length, num_pages=self.num_pages
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        return bool(self._running or self._waiting)
+
+    def submit(self, request: Request) -> None:
+        """Accept a request.
+
+        Raises:
+            ContextOverflowError: the prompt leaves no room for an answer.
+            GrammarError: the constraint does not compile.
+            RequestError: an id is in use, or a token id is out of the vocabulary.
+        """
+        self._check(request)
+        sequence = self._new_sequence(request, 0)
+        self._requests[request.id] = [sequence]
+        if request.sampling.n > 1:
+            self._held_back[request.id] = 1
+        if request.deadline_s is not None:
+            heapq.heappush(self._deadlines, (self.clock() + request.deadline_s, request.id))
+        self._enqueue(sequence)
+
+    def cancel(
+        self, request_id: str, reason: CancelReason = "cancelled", index: int | None = None
+    ) -> list[Output]:
+        """End a request or one of its choices; an id that has ended already is no error."""
+        outputs: list[Output] = []
+        ended = list(self._requests.get(request_id, ()))
+        if index is None:
+            ended.extend(self._release_held_back(request_id, enqueue=False))
+        for sequence in ended:
+            if index is None or sequence.index == index:
+                self._end(sequence, reason, outputs)
+        return outputs
+
+    def step(self) -> list[Output]:
+        """Plan, run and commit one step."""
+        began = self.clock()
+        outputs = self._expire(began)
+        plan = self._planner.plan(self._snapshot())
+        self._carry_out(plan, began)
+        result = self._runner.run(
+            [g for g in plan.grants if g.sequence.num_pages]  # a newcomer may have found none
+        )
+        now = self.clock()
+        for choice in result.choices:
+            self._accept(choice, now, outputs)
+        took = self.clock() - began
+        if result.num_rows:
+            self._cost.observe(result.num_rows, took)
+        self._totals["steps"] += 1
+        self._totals["rows"] += result.num_rows
+        self._totals["generated_tokens"] += len(result.choices)
+        self._seconds["model"] += result.model_s
+        self._seconds["other"] += took - result.model_s
+        return outputs
+
+    def stats(self) -> StepStats:
+        """Gauges and totals for metrics and admission."""
+        per_row = self._cost.per_row_s
+        allocator = self.pages.allocator
+        return StepStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            waiting_tokens=sum(s.num_tokens for s in self._waiting),
+            pages_used=self.num_pages - allocator.num_available,
+            pages_cached=allocator.num_idle,
+            num_pages=self.num_pages,
+            steps=self._totals["steps"],
+            rows=self._totals["rows"],
+            prompt_tokens=self._totals["prompt_tokens"],
+            generated_tokens=self._totals["generated_tokens"],
+            prefix_queried_tokens=self.pages.queried_tokens,
+            prefix_hit_tokens=self.pages.hit_tokens,
+            preemptions=self._totals["preemptions"],
+            model_s=self._seconds["model"],
+            other_s=self._seconds["other"],
+            prefill_rate_tok_s=1.0 / per_row if per_row else 0.0,
+            outcomes=dict(self.outcomes),
+        )
+
+    def check_pages(self) -> None:
+        """Verify page conservation (`PageAllocator.check`)."""
+        self.pages.check(iter(self._running))
+
+    # -- a request's beginning -------------------------------------------------------------
+
+    def _check(self, request: Request) -> None:
+        if request.id in self._requests:
+            raise RequestError(f"Request id {request.id!r} is in use; choose another.")
+        if not request.prompt:
+            raise RequestError("The prompt is empty; send at least one token.", param="prompt")
+        if len(request.prompt) >= self.context_length:
+            raise ContextOverflowError(
+                f"The prompt has {len(request.prompt)} tokens but the context holds "
+                f"{self.context_length}, one of them for the answer; shorten the prompt.",
+                param="prompt",
+            )
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self.model.facts.vocab_size:
+            raise RequestError(
+                f"Token ids must lie between 0 and {self.model.facts.vocab_size - 1}.",
+                param="prompt",
+            )
+
+    def _new_sequence(self, request: Request, index: int) -> Sequence:
+        room = self.context_length - len(request.prompt)
+        wanted = request.sampling.max_tokens
+        grammar = request.sampling.grammar
+        self._arrivals += 1
+        return Sequence(
+            request=request,
+            index=index,
+            arrival=self._arrivals,
+            tokens=list(request.prompt),
+            sampler=SamplerState(
+                request.sampling,
+                request.prompt,
+                self.model.tokenizer.vocab_size,
+                choice_index=index,
+                eos_ids=sorted(self.model.eos_ids),
+            ),
+            grammar=None if grammar is None else self._start_grammar(grammar),
+            max_tokens=room if wanted is None else min(room, wanted),
+            submitted_s=self.clock(),
+        )
+
+    def _start_grammar(self, grammar: Grammar) -> GrammarState:
+        """Compile (or find) a constraint; the compiler is made on its first use."""
+        if self._grammars is None:
+            from coppice.engine.grammar import GrammarCompiler
+
+            self._grammars = GrammarCompiler(self.model.tokenizer)
+        return self._grammars.compile(grammar)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=order_key)
+
+    def _release_held_back(self, request_id: str, *, enqueue: bool) -> list[Sequence]:
+        """Create the choices that waited for the first one's prompt to be cached."""
+        if self._held_back.pop(request_id, None) is None:
+            return []
+        sequences = self._requests[request_id]
+        request = sequences[0].request
+        new = [self._new_sequence(request, i) for i in range(1, request.sampling.n)]
+        sequences.extend(new)
+        if enqueue:
+            for sequence in new:
+                self._enqueue(sequence)
+        return new
+
+    # -- a step ----------------------------------------------------------------------------
+
+    def _snapshot(self) -> Snapshot:
+        config = self.config
+        return Snapshot(
+            running=self._running,
+            waiting=self._waiting,
+            num_available=self.pages.allocator.num_available,
+            page_size=config.page_size,
+            max_rows=max(
+                self._cost.rows_within(MAX_STEP_S, config.max_rows), len(self._running) + 1
+            ),
+            max_sequences=config.max_sequences,
+            prefill_chunk=config.prefill_chunk,
+        )
+
+    def _carry_out(self, plan: Plan, now: float) -> None:
+        for sequence in plan.preempt:
+            assert isinstance(sequence, Sequence)
+            self._stop_running(sequence)
+            self._enqueue(sequence)
+            self._totals["preemptions"] += 1
+        for sequence in plan.admit:
+            assert isinstance(sequence, Sequence)
+            if not self.pages.attach(sequence):
+                break
+            self._waiting.remove(sequence)
+            self._batch.take_slot(sequence)
+            self._running.append(sequence)
+            if not sequence.scheduled_s:
+                sequence.scheduled_s = now
+                sequence.cached_tokens = sequence.num_computed
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._batch.free_slot(sequence)
+        self.pages.release(sequence)
+
+    def _accept(self, choice: Choice, now: float, outputs: list[Output]) -> None:
+        """Append a chosen token to its sequence and see whether that ends it."""
+        sequence, token = choice.sequence, choice.token
+        if choice.fault is not None:
+            sequence.error = (RowFaultError.code, choice.fault)
+            self._end(sequence, "failed", outputs)
+            return
+        sequence.tokens.append(token)
+        sequence.sampler.accept(token)
+        if choice.logprob is not None:
+            sequence.logprobs.append(choice.logprob)
+        if not sequence.first_token_s:
+            sequence.first_token_s = now
+            self._totals["prompt_tokens"] += len(sequence.request.prompt)
+            self._release_held_back(sequence.request.id, enqueue=True)
+        reason = self._finish_reason(sequence, token)
+        if reason is None:
+            outputs.append(_report(sequence))
+        else:
+            self._end(sequence, reason, outputs)
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        params = sequence.request.sampling
+        ends = token in params.stop_token_ids or (
+            token in self.model.eos_ids and not params.ignore_eos
+        )
+        if ends:
+            sequence.stop_token = token
+            return "stop"
+        if sequence.grammar is not None and sequence.grammar.is_stopped:
+            return "stop"
+        full = len(sequence.tokens) >= self.context_length
+        if full or sequence.num_generated >= sequence.max_tokens:
+            return "length"
+        return None
+
+    def _expire(self, now: float) -> list[Output]:
+        outputs: list[Output] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            outputs.extend(self.cancel(request_id, "expired"))
+        return outputs
+
+    # -- a request's end -------------------------------------------------------------------
+
+    def _end(self, sequence: Sequence, reason: FinishReason, outputs: list[Output]) -> None:
+        """The one way out: pages back, last report, outcome counted."""
+        if sequence.finish_reason is not None:
+            return
+        sequence.finish_reason = reason
+        if sequence.slot >= 0:
+            self._stop_running(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        outputs.append(_report(sequence))
+        if reason == "failed":  # choices held back for this one's prompt still run
+            self._release_held_back(sequence.request.id, enqueue=True)
+        siblings = self._requests[sequence.request.id]
+        if all(s.finish_reason is not None for s in siblings):
+            del self._requests[sequence.request.id]
+            self.outcomes[_outcome(siblings)] += 1
+
+
+def _report(sequence: Sequence) -> Output:
+    """What is new of a sequence since its last report."""
+    new = sequence.tokens[sequence.sent :]
+    logprobs = sequence.logprobs[-len(new) :] if new and sequence.logprobs else []
+    first = sequence.sent == len(sequence.request.prompt)
+    sequence.sent = len(sequence.tokens)
+    ended = sequence.finish_reason is not None
+    return Output(
+        request_id=sequence.request.id,
+        index=sequence.index,
+        tokens=new,
+        logprobs=logprobs if sequence.request.sampling.logprobs is not None else None,
+        finish_reason=sequence.finish_reason,
+        stop_token=sequence.stop_token,
+        cached_tokens=sequence.cached_tokens if first else 0,
+        error=sequence.error,
+        times=(sequence.submitted_s, sequence.scheduled_s, sequence.first_token_s)
+        if first or ended
+        else None,
+    )
+
+
+def _outcome(sequences: Iterable[Sequence]) -> str:
+    """One outcome for a request of several choices: the worst of theirs."""
+    reasons = {s.finish_reason for s in sequences}
+    for worst in ("failed", "expired", "cancelled"):
+        if worst in reasons:
+            return worst
+    return "finished"

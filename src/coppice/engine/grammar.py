@@ -1,0 +1,299 @@
+"""Structured output: from a schema, regex or grammar to a mask of allowed tokens per step.
+
+The work is llguidance's (derivative-based regular expressions and an Earley parser, so
+time is linear in the text for regular expressions; look-around and back references do not
+exist). Compilation drops the interpreter lock and is bounded by `_JSON_LIMITS` and
+`_LARK_LIMITS`; the HTTP process compiles before admission to refuse what is wrong, the
+engine compiles again to use it. Whitespace in JSON is at most one space, or a newline with
+up to 32 spaces, so a constrained answer cannot run on in blanks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from coppice.engine.json_schema import parse_schema
+from coppice.engine.request import Grammar
+from coppice.errors import ConfigError, GrammarError
+from coppice.kernels.sampling import Mask
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+MAX_SOURCE_BYTES = 64 << 10
+MAX_TOOLS_BYTES = 1 << 20
+CACHE_ENTRIES = 256
+PROBE_STEPS = 16
+JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r" |\n[ ]{0,32}"}
+"""llguidance's ``x-guidance`` options; a client's own are refused."""
+
+_JSON_LIMITS = LLParserLimits(
+    initial_lexer_fuel=400_000, max_items_in_row=8000, verbose_errors=False
+)
+_LARK_LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000, max_items_in_row=500, step_max_items=20_000, verbose_errors=False
+)
+
+
+class GrammarTokenizer(Protocol):
+    """What compilation needs of `coppice.models.tokenizer.Tokenizer`."""
+
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+
+    @property
+    def special_ids(self) -> Iterable[int]:
+        """Ids that are not text."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """Exact bytes of a token, empty for an unused id."""
+        ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+
+class GrammarState:
+    """Where one sequence stands in its grammar.
+
+    Attributes:
+        num_words: int32 words in a mask, ``ceil(tokenizer.vocab_size / 32)``.
+    """
+
+    __slots__ = ("_address", "_mask", "_matcher", "num_words")
+
+    def __init__(self, matcher: LLMatcher, num_words: int) -> None:
+        self._matcher = matcher
+        self.num_words = num_words
+        self._mask: Mask = np.zeros(num_words, np.int32)
+        self._address: int = self._mask.__array_interface__["data"][0]
+
+    def mask(self) -> Mask:
+        """The tokens allowed next, in this state's own array, valid until the next call.
+
+        Raises:
+            GrammarError: the grammar became too complex here; fail this request.
+        """
+        self._matcher.unsafe_compute_mask_ptr(self._address, 4 * self.num_words)
+        self._check()
+        return self._mask
+
+    def fill_mask(self, row: Mask) -> None:
+        """Write the allowed tokens to ``row``, int32 of at least ``num_words``."""
+        row[: self.num_words] = self.mask()
+        row[self.num_words :] = 0
+
+    def accept(self, token: int) -> None:
+        """Advance over a chosen token.
+
+        Raises:
+            GrammarError: the token is not allowed here, or the grammar became too complex.
+        """
+        if not self._matcher.consume_token(token):
+            self._check()
+            raise GrammarError("The grammar does not allow the chosen token.")
+
+    def rollback(self, num_tokens: int) -> None:
+        """Forget the last ``num_tokens`` accepted tokens."""
+        if num_tokens and not self._matcher.rollback(num_tokens):
+            self._check()
+
+    def fork(self) -> GrammarState:
+        """An independent copy."""
+        return GrammarState(self._matcher.deep_copy(), self.num_words)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether nothing but an ending token can follow: the sequence is done."""
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text so far satisfies the grammar (more may still be allowed)."""
+        return bool(self._matcher.is_accepting())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(f"The grammar failed: {_first_line(self._matcher.get_error())}.")
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer and remembers the last 256; safe in threads.
+
+    Raises:
+        ConfigError: the tokenizer has no ending token, so nothing could ever end.
+    """
+
+    def __init__(self, tokenizer: GrammarTokenizer) -> None:
+        if not tokenizer.eos_ids:
+            raise ConfigError("Structured output needs a tokenizer with an EOS token.")
+        self._tokenizer = tokenizer
+        self._backend: LLTokenizer | None = None
+        self._num_words = -(-tokenizer.vocab_size // 32)
+        self._cache: OrderedDict[bytes, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, grammar: Grammar) -> None:
+        """Compile and try the first steps, keeping the result in the cache.
+
+        Raises:
+            GrammarError: invalid, unsupported (the keyword or construct is named),
+                impossible, or too large or complex.
+        """
+        self._compiled(grammar)
+
+    def compile(self, grammar: Grammar) -> GrammarState:
+        """A fresh state at the grammar's start; raises as `check` does."""
+        return GrammarState(self._compiled(grammar).deep_copy(), self._num_words)
+
+    def _compiled(self, grammar: Grammar) -> LLMatcher:
+        key = hashlib.sha256(f"{grammar.kind}\0{grammar.source}".encode("utf-8", "replace"))
+        with self._lock:
+            found = self._cache.get(key.digest())
+            if found is not None:
+                self._cache.move_to_end(key.digest())
+                return found
+            if self._backend is None:
+                self._backend = _build(self._tokenizer)
+            backend = self._backend
+        matcher = self._fresh(grammar, backend)
+        with self._lock:
+            self._cache[key.digest()] = matcher
+            while len(self._cache) > CACHE_ENTRIES:
+                self._cache.popitem(last=False)
+        return matcher
+
+    def _fresh(self, grammar: Grammar, backend: LLTokenizer) -> LLMatcher:
+        json_like = grammar.kind in ("json_schema", "json_object", "tools")
+        limits = _JSON_LIMITS if json_like else _LARK_LIMITS
+        matcher = LLMatcher(backend, to_llguidance(grammar), limits=limits, log_level=0)
+        if matcher.is_error():
+            raise GrammarError(_explain(grammar, matcher.get_error()), param=_param(grammar))
+        self._probe(grammar, matcher.deep_copy())
+        return matcher
+
+    def _probe(self, grammar: Grammar, matcher: LLMatcher) -> None:
+        """Walk a few steps, so that what fails at once is refused before admission."""
+        vocab_size = self._tokenizer.vocab_size
+        for step in range(PROBE_STEPS):
+            bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little")[:vocab_size])
+            if matcher.is_error():
+                raise GrammarError(_explain(grammar, matcher.get_error()), param=_param(grammar))
+            if not step and (not len(allowed) or matcher.is_stopped()):
+                raise GrammarError(
+                    "The grammar allows no text at all; check its start rule.",
+                    param=_param(grammar),
+                )
+            texts = allowed[~np.isin(allowed, self._tokenizer.eos_ids)]
+            if matcher.is_stopped() or not len(texts):
+                return
+            matcher.consume_token(int(texts[0]))
+
+
+def to_llguidance(grammar: Grammar) -> str:
+    """The grammar in llguidance's own format.
+
+    Raises:
+        GrammarError: too large, or a schema that `parse_schema` refuses.
+    """
+    limit = MAX_TOOLS_BYTES if grammar.kind == "tools" else MAX_SOURCE_BYTES
+    if len(grammar.source.encode("utf-8", "replace")) > limit:
+        raise GrammarError(
+            f"The grammar is larger than {limit >> 10} KiB; make it smaller.",
+            param=_param(grammar),
+        )
+    try:
+        return _translate(grammar)
+    except ValueError as error:  # lone surrogates, numbers JSON cannot hold
+        raise GrammarError(_explain(grammar, str(error)), param=_param(grammar)) from None
+
+
+def _translate(grammar: Grammar) -> str:
+    made: str
+    match grammar.kind:
+        case "json_schema":
+            made = schema_grammar(parse_schema(grammar.source))
+        case "json_object":
+            made = schema_grammar({"type": "object"})
+        case "regex":
+            made = LLMatcher.grammar_from_regex(grammar.source)
+        case "grammar" | "tools":
+            made = LLMatcher.grammar_from_lark(grammar.source)
+    return made
+
+
+def schema_grammar(schema: Any) -> str:
+    """Turn a checked schema into llguidance's form, with bounded whitespace."""
+    as_object = schema if isinstance(schema, dict) else {} if schema else {"enum": []}
+    made: str = LLMatcher.grammar_from_json_schema(json.dumps(as_object), overrides=JSON_OPTIONS)
+    return made
+
+
+class _Vocabulary:
+    """A tokenizer as `TokenizerWrapper` wants it."""
+
+    def __init__(self, tokenizer: GrammarTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_ids[0]
+        self.bos_token_id = None
+        self.tokens = [tokenizer.token_bytes(t) for t in range(tokenizer.vocab_size)]
+        self.special_token_ids = sorted({*tokenizer.special_ids, *tokenizer.eos_ids})
+        self.greedy: LLTokenizer | None = None
+
+    def __call__(self, text: bytes | str) -> Sequence[int]:
+        """Tokenize as the model was taught, or greedily where that is not exact."""
+        data = text if isinstance(text, bytes) else text.encode()
+        try:
+            ids = self._tokenizer.encode(data.decode(), add_special_tokens=False)
+        except UnicodeDecodeError:
+            ids = []
+        if b"".join(self.tokens[i] for i in ids) == data or self.greedy is None:
+            return ids
+        return list(self.greedy.greedy_tokenize(data.decode("utf-8", "replace")))
+
+
+def _build(tokenizer: GrammarTokenizer) -> LLTokenizer:
+    vocabulary = _Vocabulary(tokenizer)
+    backend = LLTokenizer(
+        TokenizerWrapper(vocabulary),
+        n_vocab=tokenizer.vocab_size,
+        eos_token=list(tokenizer.eos_ids),
+    )
+    vocabulary.greedy = backend
+    return backend
+
+
+def _explain(grammar: Grammar, error: str) -> str:
+    kind = {"json_schema": "JSON schema", "regex": "regular expression"}.get(
+        grammar.kind, "grammar"
+    )
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("error:")]
+    if "NoExtension" in error:
+        return f"The {kind} allows no text at all; check where it starts."
+    if "oneOf" in error:
+        return f"The {kind} has oneOf branches that overlap; use anyOf instead."
+    reason = said[0].removeprefix("error:").strip() if said else _first_line(error)
+    return f"The {kind} cannot be used: {reason}."
+
+
+def _first_line(error: str) -> str:
+    line = error.strip().splitlines()[0] if error.strip() else "unknown reason"
+    return line.rstrip(".")[:300]
+
+
+def _param(grammar: Grammar) -> str:
+    return {"tools": "tools", "regex": "regex", "grammar": "grammar"}.get(
+        grammar.kind, "response_format"
+    )

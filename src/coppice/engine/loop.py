@@ -1,0 +1,114 @@
+"""The engine's thread: an inbox of messages, an outbox of messages, steps in between."""
+
+from __future__ import annotations
+
+import faulthandler
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from coppice.engine.engine import Engine
+from coppice.engine.messages import (
+    Cancel,
+    FromEngine,
+    Output,
+    Shutdown,
+    Submit,
+    ToEngine,
+)
+from coppice.errors import CoppiceError
+
+IDLE_STATS_S = 1.0
+"""How often an idle engine says that it lives."""
+
+
+class EngineLoop:
+    """Runs an engine until told to stop.
+
+    Args:
+        engine: owned by this thread from now on.
+        send: takes the messages of one step, in order; called from the loop's thread.
+    """
+
+    def __init__(self, engine: Engine, send: Callable[[Sequence[FromEngine]], None]) -> None:
+        self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._engine = engine
+        self._send = send
+        self._stopping = False
+        self._last_stats = 0.0
+        self._last_beat = time.monotonic()
+
+    def run(self) -> None:
+        """Take messages and step until `Shutdown`."""
+        _Watchdog(self, self._engine.config.watchdog_s).start()
+        while not self._stopping:
+            self._last_beat = time.monotonic()
+            messages: list[FromEngine] = []
+            self._take_messages(messages)
+            if self._engine.has_work and not self._stopping:
+                messages.extend(self._engine.step())
+            self._add_stats(messages)
+            if messages:
+                self._send(messages)
+
+    @property
+    def beat_age_s(self) -> float:
+        """Seconds since the loop last went round."""
+        return time.monotonic() - self._last_beat
+
+    def _take_messages(self, messages: list[FromEngine]) -> None:
+        """Everything in the inbox; waits for something when there is no work."""
+        wait = not self._engine.has_work
+        while True:
+            try:
+                message = self.inbox.get(wait, IDLE_STATS_S) if wait else self.inbox.get_nowait()
+            except queue.Empty:
+                return
+            wait = False
+            match message:
+                case Submit(request):
+                    try:
+                        self._engine.submit(request)
+                    except CoppiceError as error:
+                        messages.append(
+                            Output(
+                                request_id=request.id,
+                                finish_reason="failed",
+                                error=(error.code, error.message),
+                            )
+                        )
+                case Cancel(request_id, reason, index):
+                    messages.extend(self._engine.cancel(request_id, reason, index))
+                case Shutdown():
+                    self._stopping = True
+                    return
+
+    def _add_stats(self, messages: list[FromEngine]) -> None:
+        now = time.monotonic()
+        busy = self._engine.has_work
+        every = self._engine.config.stats_interval_s if busy else IDLE_STATS_S
+        ended = any(isinstance(m, Output) and m.finish_reason for m in messages)
+        if ended or now - self._last_stats >= every:
+            self._last_stats = now
+            messages.append(self._engine.stats())
+
+
+class _Watchdog(threading.Thread):
+    """Writes all stacks to stderr when a step takes longer than ``limit_s``."""
+
+    def __init__(self, loop: EngineLoop, limit_s: float) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self._loop = loop
+        self._limit_s = limit_s
+
+    def run(self) -> None:
+        warned = False
+        while True:
+            time.sleep(self._limit_s / 4)
+            stalled = self._loop.beat_age_s > self._limit_s + IDLE_STATS_S
+            if stalled and not warned:
+                print(f"engine stalled for {self._loop.beat_age_s:.0f} s", file=sys.stderr)
+                faulthandler.dump_traceback(sys.stderr)
+            warned = stalled

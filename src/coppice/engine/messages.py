@@ -1,0 +1,150 @@
+"""Messages between the front end and the engine, msgpack on the wire.
+
+Front end to engine: `Submit`, `Cancel`, `Shutdown`. Engine to front end: `Ready`,
+`Output`, `StepStats`, `Fatal`. Frames are a 4-byte little-endian length and a tagged
+msgpack body (`encode`, `Decoder`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from coppice.engine.request import Request
+
+FinishReason = Literal["stop", "length", "cancelled", "expired", "failed"]
+CancelReason = Literal["cancelled", "expired", "stop"]
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Start this request."""
+
+    request: Request
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End a request now. ``stop`` means the front end met a stop string: a normal end.
+
+    ``index`` ends one choice only; ``None`` ends the whole request.
+    """
+
+    request_id: str
+    reason: CancelReason = "cancelled"
+    index: int | None = None
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Leave the step loop after the current step."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """The chosen token's log-probability and the top alternatives ``(token, logprob)``."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Output(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """New tokens of one choice of one request, and its end if it ended.
+
+    Attributes:
+        index: which of the request's ``n`` choices.
+        tokens: newly accepted tokens, in order; may be empty in the last message. An EOS or
+            stop token that ended the sequence is the last one (``stop_token`` repeats it).
+        logprobs: one entry per token, or ``None`` when not asked for.
+        finish_reason: set in the last message of the choice, else ``None``.
+        stop_token: the EOS or stop token id that ended it, if one did.
+        cached_tokens: prompt tokens taken from the prefix cache (first message of a choice).
+        error: ``(code, message)`` when ``finish_reason`` is ``failed``.
+        times: monotonic seconds (engine clock) of arrival, first scheduling and first token,
+            in the first and the last message of the choice.
+    """
+
+    request_id: str
+    index: int = 0
+    tokens: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    cached_tokens: int = 0
+    error: tuple[str, str] | None = None
+    times: tuple[float, float, float] | None = None
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the front end must know about the loaded model."""
+
+    name: str
+    architecture: str
+    context_length: int
+    vocab_size: int
+    num_params: int
+    weight_bytes: int
+    weight_format: str
+    fingerprint: str
+    """Changes with weights, precision and kernels; ``system_fingerprint`` in replies."""
+    page_size: int
+    num_pages: int
+    kernels: str
+    num_threads: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded and the loop runs."""
+
+    facts: ModelFacts
+
+
+class StepStats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Gauges and running totals, sent a few times a second while there is work."""
+
+    running: int
+    waiting: int
+    waiting_tokens: int
+    pages_used: int
+    pages_cached: int
+    num_pages: int
+    steps: int
+    rows: int
+    prompt_tokens: int
+    generated_tokens: int
+    prefix_queried_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    model_s: float
+    other_s: float
+    prefill_rate_tok_s: float
+    outcomes: dict[str, int]
+
+
+class Fatal(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot go on; it exits after this message."""
+
+    code: str
+    message: str
+
+
+ToEngine = Submit | Cancel | Shutdown
+FromEngine = Ready | Output | StepStats | Fatal
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """A length-prefixed frame."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(4, "little") + body
+
+
+def decode_to_engine(body: bytes) -> ToEngine:
+    """Parse one frame body sent to the engine."""
+    return _to_engine.decode(body)
+
+
+def decode_from_engine(body: bytes) -> FromEngine:
+    """Parse one frame body sent by the engine."""
+    return _from_engine.decode(body)

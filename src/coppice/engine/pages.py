@@ -1,0 +1,110 @@
+"""A sequence's pages: attach a cached prefix, grow, seal, release."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from coppice.cache import PageAllocator, PrefixTree
+from coppice.cache.pool import KVPool
+from coppice.engine.sequence import Sequence
+
+
+class SequencePages:
+    """The page operations of the step, over one pool.
+
+    Args:
+        pool: the storage.
+        prefix_cache: keep finished and shared prefixes for reuse.
+    """
+
+    def __init__(self, pool: KVPool, *, prefix_cache: bool = True) -> None:
+        self._pool = pool
+        self._page_size = pool.layout.page_size
+        self._prefix_cache = prefix_cache
+        self.allocator = PageAllocator(pool.num_pages)
+        self.tree = PrefixTree(self.allocator, self._page_size)
+        self.queried_tokens = 0
+        self.hit_tokens = 0
+
+    def attach(self, sequence: Sequence) -> bool:
+        """Take what the prefix tree has of the sequence and pages for its whole length.
+
+        The last token is always left to compute: its logits are wanted.
+
+        Returns:
+            False, with nothing held, when the pages are not there.
+        """
+        known = len(sequence.tokens) - 1
+        if self._prefix_cache:
+            match = self.tree.match(sequence.tokens[:known], sequence.request.cache_salt)
+            sequence.pages = list(match.pages)
+            sequence.node = match.node
+            sequence.num_sealed = len(match.pages)
+            for page in match.pages:
+                self.allocator.retain(page)
+            sequence.num_computed = len(match.pages) * self._page_size
+            if match.tail_tokens:
+                self._copy_tail(sequence, match.tail_page, match.tail_tokens)
+            if not self.grow(sequence, len(sequence.tokens)):
+                self.release(sequence)
+                return False
+            self.queried_tokens += known
+            self.hit_tokens += sequence.num_computed
+            return True
+        if not self.grow(sequence, len(sequence.tokens)):
+            self.release(sequence)
+            return False
+        return True
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give the sequence pages for ``num_tokens``, evicting cached prefixes if need be."""
+        missing = -(-num_tokens // self._page_size) - len(sequence.pages)
+        if missing <= 0:
+            return True
+        short = missing - self.allocator.num_free
+        if short > 0 and self.tree.evict(short) < short:
+            return False
+        sequence.pages.extend(self.allocator.alloc() for _ in range(missing))
+        return True
+
+    def seal(self, sequence: Sequence) -> int:
+        """Offer newly full pages to the prefix tree.
+
+        Returns:
+            The first index of ``sequence.pages`` that may have changed.
+        """
+        size = self._page_size
+        first = sequence.num_sealed
+        while sequence.node is not None and (sequence.num_sealed + 1) * size <= (
+            sequence.num_computed
+        ):
+            i = sequence.num_sealed
+            tokens = sequence.tokens[i * size : (i + 1) * size]
+            sequence.node = self.tree.seal(sequence.node, tokens, sequence.pages[i])
+            sequence.pages[i] = sequence.node.page
+            sequence.num_sealed = i + 1
+        return first
+
+    def release(self, sequence: Sequence) -> None:
+        """Give every page back; what is sealed stays findable in the prefix tree."""
+        for page in sequence.pages:
+            self.allocator.release(page)
+        sequence.pages = []
+        sequence.node = None
+        sequence.num_sealed = 0
+        sequence.num_computed = 0
+
+    def check(self, running: Iterator[Sequence]) -> None:
+        """Verify that every page is accounted for (`PageAllocator.check`)."""
+        holders = list(self.tree.pages())
+        for sequence in running:
+            holders.extend(sequence.pages)
+        self.allocator.check(holders)
+
+    def _copy_tail(self, sequence: Sequence, page: int, num_tokens: int) -> None:
+        """Copy-on-write of a page whose first ``num_tokens`` tokens are ours too."""
+        self.allocator.retain(page)  # eviction must not take it before it is copied
+        if self.grow(sequence, sequence.num_computed + num_tokens):
+            self._pool.copy_page(page, sequence.pages[-1])
+            sequence.num_computed += num_tokens
+        self.allocator.release(page)

@@ -1,0 +1,92 @@
+"""The engine as a process: ``python -m coppice.engine.process --socket PATH --config JSON``.
+
+Connects to the front end's Unix socket, loads the model, says `Ready`, then serves until
+`Shutdown`, end of file on the socket, or SIGTERM. Signals meant for the front end (Ctrl-C in
+a terminal reaches both) are ignored here: the front end decides when to stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from coppice.engine.config import EngineConfig
+from coppice.engine.messages import (
+    Fatal,
+    FromEngine,
+    Ready,
+    Shutdown,
+    decode_to_engine,
+    encode,
+)
+from coppice.errors import CoppiceError
+
+if TYPE_CHECKING:
+    from coppice.engine.loop import EngineLoop
+
+HEAD_BYTES = 4
+MAX_FRAME = 256 << 20
+
+
+def main() -> int:
+    """Run the engine process; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="coppice.engine.process")
+    parser.add_argument("--socket", required=True, help="Unix socket of the front end")
+    parser.add_argument("--config", required=True, help="EngineConfig as JSON")
+    args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(args.socket)
+    with connection:
+        try:
+            config = msgspec.json.decode(args.config, type=EngineConfig)
+            return _serve(connection, config)
+        except CoppiceError as error:
+            connection.sendall(encode(Fatal(error.code, error.message)))
+            return error.exit_code
+        except (BrokenPipeError, ConnectionResetError):
+            return 0  # the front end is gone, and with it everyone who waited
+
+
+def _serve(connection: socket.socket, config: EngineConfig) -> int:
+    from coppice.engine.engine import Engine
+    from coppice.engine.loading import load_engine_model
+    from coppice.engine.loop import EngineLoop
+
+    engine = Engine(load_engine_model(config), config)
+
+    def send(messages: Sequence[FromEngine]) -> None:
+        connection.sendall(b"".join(map(encode, messages)))
+
+    loop = EngineLoop(engine, send)
+    signal.signal(signal.SIGTERM, lambda *_: loop.inbox.put(Shutdown()))
+    send([Ready(engine.facts())])
+    threading.Thread(target=_read, args=(connection, loop), name="reader", daemon=True).start()
+    loop.run()
+    return 0
+
+
+def _read(connection: socket.socket, loop: EngineLoop) -> None:
+    """Put incoming messages into the inbox; end of file means the front end is gone."""
+    with connection.makefile("rb") as stream:
+        while True:
+            head = stream.read(HEAD_BYTES)
+            if len(head) < HEAD_BYTES:
+                break
+            size = int.from_bytes(head, "little")
+            body = stream.read(size) if size <= MAX_FRAME else b""
+            if len(body) < size:
+                break
+            loop.inbox.put(decode_to_engine(body))
+    loop.inbox.put(Shutdown())
+
+
+if __name__ == "__main__":
+    os._exit(main())  # skip interpreter teardown: threads of native libraries may still spin

@@ -1,0 +1,81 @@
+"""One token stream of a request, and what the engine knows about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from coppice.cache import Node
+from coppice.engine.messages import FinishReason, TokenLogprob
+from coppice.engine.request import Request
+from coppice.engine.sampler import SamplerState
+
+if TYPE_CHECKING:
+    from coppice.engine.grammar import GrammarState
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A choice of a request: its tokens, how many of them have KV, and in which pages.
+
+    Implements `coppice.scheduling.SequenceView`.
+
+    Attributes:
+        index: which of the request's ``n`` choices.
+        arrival: order of submission over all sequences; unique.
+        tokens: prompt, then accepted tokens.
+        num_computed: leading tokens whose KV is in ``pages``.
+        node: cursor into the prefix tree after ``num_sealed`` sealed pages.
+        slot: row of the step's page table while running, else -1.
+        sent: tokens already reported to the front end.
+    """
+
+    request: Request
+    index: int
+    arrival: int
+    tokens: list[int]
+    sampler: SamplerState
+    grammar: GrammarState | None
+    max_tokens: int
+    submitted_s: float
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    node: Node | None = None
+    num_sealed: int = 0
+    slot: int = -1
+    cached_tokens: int = 0
+    sent: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: tuple[str, str] | None = None
+    scheduled_s: float = 0.0
+    first_token_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.sent = len(self.request.prompt)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and accepted tokens."""
+        return len(self.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        """Accepted tokens."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages held."""
+        return len(self.pages)
+
+    @property
+    def priority(self) -> int:
+        """Lower runs first."""
+        return self.request.priority
+
+    @property
+    def tenant(self) -> str:
+        """Whose share the work counts against."""
+        return self.request.tenant

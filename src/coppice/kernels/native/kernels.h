@@ -1,0 +1,118 @@
+// What the instruction-set builds offer: plain argument structs and a table of functions.
+//
+// A kernel is a task function: the pool calls it with task numbers 0 .. count-1 in any
+// order on any thread. How work is cut into tasks never changes a result.
+#pragma once
+
+#include <cstdint>
+
+namespace coppice {
+
+struct LinearArgs {
+  const float* x;         // [rows, k]
+  const void* weight;     // [ceil(n/16)][k][16], float32 or bfloat16
+  const float* bias;      // [ceil(n/16)*16] or null
+  const float* residual;  // [rows, n] or null
+  float* out;             // [rows, n]
+  int64_t rows, n, k;
+  bool is_bf16;
+  int64_t panels_per_task, panel_groups;  // set by the planner
+};
+
+struct PackArgs {
+  const void* source;  // [count, k] row-major, float32 or bfloat16
+  void* weight;        // packed, as in LinearArgs
+  int64_t first, count, k;
+  bool source_bf16, is_bf16;
+};
+
+struct NormArgs {
+  const float* x;  // [rows, n]
+  const float* weight;
+  float* out;
+  int64_t rows, n;
+  float eps;
+};
+
+struct GateArgs {
+  const float* gate_up;  // [rows, 2 * n]
+  float* out;            // [rows, n]
+  int64_t rows, n;
+  int kind;  // 0 silu, 1 gelu_tanh, 2 gelu
+};
+
+struct Cache {
+  void *k, *v;  // [pages, kv_heads, page_size, head_dim]
+  int64_t pages, kv_heads, page_size, head_dim;
+  bool is_bf16;
+};
+
+struct RowArrays {
+  const int32_t *position, *sequence, *parent, *slot;  // [rows]
+  const int32_t* page_table;                           // [sequences, max_pages]
+  const int32_t* prefix_len;                           // [sequences]
+  int64_t rows, sequences, max_pages;
+};
+
+struct RopeArgs {
+  const float* qkv;      // [rows, (heads + 2 kv_heads) * head_dim]
+  const float* cos_sin;  // [max_position, 2, half]
+  const float *q_weight, *k_weight;
+  float* q;  // [rows, heads, head_dim]
+  Cache cache;
+  RowArrays in;
+  int64_t heads, half;
+  int qk_norm;  // 0 none, 1 head, 2 full
+  float eps;
+};
+
+// Consecutive rows of one sequence that attention works on together.
+struct Tile {
+  int32_t first, count;
+  int32_t shared;  // logical keys [0, shared) are the prefix slots, the same for every row
+  bool chain;      // rows follow each other and slot == logical index throughout
+};
+
+struct AttentionArgs {
+  const float* q;      // [rows, heads, head_dim]
+  const float* sinks;  // [heads] or null
+  float* out;          // [rows, heads * head_dim]
+  Cache cache;
+  RowArrays in;
+  const int32_t* index;  // [rows] logical index of the row itself
+  const Tile* tiles;
+  int64_t num_tiles, heads;
+  float scale, softcap;
+  int32_t window;
+};
+
+struct SamplerTable;  // sampler.h
+
+struct Table {
+  const char* name;
+  int width;             // floats per register
+  int64_t few_rows;      // up to here one pass over the weights, unfolded in registers
+  int64_t row_block;     // rows of a task beyond that
+  int64_t linear_bytes;  // scratch per thread
+  int64_t (*attention_bytes)(const AttentionArgs&);
+  void (*linear)(const LinearArgs&, int64_t task, float* scratch);
+  void (*pack)(const PackArgs&);
+  void (*unpack)(const PackArgs&);
+  void (*gather)(const LinearArgs&, const int32_t* token);
+  void (*norm)(const NormArgs&, int64_t row);
+  void (*gate)(const GateArgs&, int64_t row, int64_t begin, int64_t end);
+  void (*rope)(const RopeArgs&, int64_t row, float* scratch);
+  void (*attention)(const AttentionArgs&, int64_t task, float* scratch);
+  float (*read_probe)(const float*, int64_t count);
+  float (*fma_probe)(int64_t rounds);  // 2 * 16 * 12 * rounds flops
+  const SamplerTable* sampler;
+};
+
+constexpr int64_t TILE_QUERIES = 96;  // query vectors (rows x heads of a group) per tile
+constexpr int64_t KEY_BLOCK = 64;     // keys per softmax block, counted from logical key 0
+
+const Table* portable_table();
+const Table* avx2_table();
+const Table* avx512_table();
+
+}  // namespace coppice

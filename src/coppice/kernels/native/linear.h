@@ -1,0 +1,247 @@
+// y = x W^T over weights packed in panels of sixteen output features, [n/16][k][16].
+//
+// Each lane adds its products over k in order, one fused multiply-add at a time, from zero.
+// Tile shape, blocking over k (partial sums rest in memory in float32) and threading only
+// choose which outputs are computed together, so a row's result never depends on the rest
+// of the batch. Structure of the blocked path: Goto and van de Geijn, Anatomy of
+// High-Performance Matrix Multiplication (TOMS 2008).
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace coppice {
+namespace COPPICE_ISA {
+
+// Rows of a register tile: as many accumulators as the registers hold.
+constexpr int ROWS = W == 16 ? 12 : W == 8 ? 6 : 3;
+constexpr int WIDE = W == 16 ? 2 : 1;  // panels beside each other in the blocked path
+constexpr int64_t K_BLOCK = 256;       // one expanded panel block is 16 KiB: half of L1
+constexpr int64_t X_STRIDE = K_BLOCK + 16;  // off powers of two, or rows share cache sets
+constexpr int64_t ROW_BLOCK = 96;           // 100 KiB of x rows stay in L2
+
+// Panels one register tile of R rows spans when weights are read once (few rows).
+constexpr int panels_for(int rows) {
+  int budget = (W == 16 ? 24 : W == 8 ? 12 : 12) / (rows * NV);
+  int cap = W == 16 ? 8 : 4;
+  return budget >= cap ? cap : budget >= 4 ? 4 : budget >= 2 ? 2 : 1;
+}
+
+// out[r][16 b + lane] (+)= sum over k of x[r][k] * panel b [k][lane], R rows by B panels.
+template <int R, int B, class T>
+COPPICE_INLINE void multiply(const float* __restrict x, int64_t x_stride,
+                             const T* __restrict w, int64_t panel_stride, int64_t k,
+                             float* __restrict out, int64_t out_stride, bool resume) {
+  V16 acc[R][B];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b)
+      acc[r][b] = resume ? load16(out + r * out_stride + 16 * b) : splat(0.0f);
+  for (int64_t j = 0; j < k; ++j) {
+    V16 panel[B];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) panel[b] = load_packed(w + b * panel_stride + 16 * j);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const V16 value = splat(x[r * x_stride + j]);
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b) acc[r][b] = fma(value, panel[b], acc[r][b]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) store16(out + r * out_stride + 16 * b, acc[r][b]);
+}
+
+template <int R, int B, class T>
+static void multiply_tile(const float* x, int64_t x_stride, const T* w, int64_t panel_stride,
+                          int64_t k, float* out, int64_t out_stride, bool resume) {
+  multiply<R, B, T>(x, x_stride, w, panel_stride, k, out, out_stride, resume);
+}
+
+// The same for any row count: rows are shared out evenly over register tiles.
+template <int B, class T, int R = ROWS>
+static void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const T* w,
+                          int64_t panel_stride, int64_t k, float* out, int64_t out_stride,
+                          bool resume) {
+  if constexpr (R > 1) {
+    if (rows < R) {
+      return multiply_rows<B, T, R - 1>(rows, x, x_stride, w, panel_stride, k, out, out_stride,
+                                        resume);
+    }
+  }
+  multiply_tile<R, B, T>(x, x_stride, w, panel_stride, k, out, out_stride, resume);
+}
+
+template <int B, class T>
+static void multiply_all(int64_t rows, const float* x, int64_t x_stride, const T* w,
+                         int64_t panel_stride, int64_t k, float* out, int64_t out_stride,
+                         bool resume) {
+  for (int64_t tiles = (rows + ROWS - 1) / ROWS; tiles > 0; --tiles) {
+    const int64_t now = (rows + tiles - 1) / tiles;
+    multiply_rows<B, T>(now, x, x_stride, w, panel_stride, k, out, out_stride, resume);
+    x += now * x_stride;
+    out += now * out_stride;
+    rows -= now;
+  }
+}
+
+// Bias and residual, and the copy out of the tile where the last panel is not full.
+COPPICE_INLINE void finish(const LinearArgs& a, const float* tile, int64_t tile_stride,
+                           int64_t row, int64_t rows, int64_t panel) {
+  const int64_t column = 16 * panel, width = min64(16, a.n - column);
+  for (int64_t r = 0; r < rows; ++r) {
+    V16 sum = load16(tile + r * tile_stride);
+    const int64_t at = (row + r) * a.n + column;
+    if (a.bias) sum = sum + load16(a.bias + column);
+    if (width == 16) {
+      if (a.residual) sum = sum + load16(a.residual + at);
+      store16(a.out + at, sum);
+    } else {
+      if (a.residual) sum = sum + load_part(a.residual + at, width);
+      store_part(a.out + at, sum, width);
+    }
+  }
+}
+
+// Few rows: every weight is read once, straight from its packed form.
+template <int R, class T>
+static void few_rows(const LinearArgs& a, int64_t begin, int64_t end) {
+  constexpr int B = panels_for(R);
+  const T* w = static_cast<const T*>(a.weight);
+  float tile[R * B * 16];
+  int64_t p = begin;
+  for (; p + B <= end; p += B) {
+    multiply<R, B, T>(a.x, a.k, w + p * a.k * 16, a.k * 16, a.k, tile, B * 16, false);
+    for (int b = 0; b < B; ++b) finish(a, tile + 16 * b, B * 16, 0, R, p + b);
+  }
+  for (; p < end; ++p) {
+    multiply_tile<R, 1, T>(a.x, a.k, w + p * a.k * 16, a.k * 16, a.k, tile, 16, false);
+    finish(a, tile, 16, 0, R, p);
+  }
+}
+
+template <class T, int R = ROWS>
+static void few_rows_any(const LinearArgs& a, int64_t begin, int64_t end) {
+  if constexpr (R > 1) {
+    if (a.rows < R) return few_rows_any<T, R - 1>(a, begin, end);
+  }
+  few_rows<R, T>(a, begin, end);
+}
+
+// The block [k0, k0 + kc) of a panel as float32: in place if it is stored so.
+COPPICE_INLINE const float* expand(const float* w, int64_t, float*) { return w; }
+COPPICE_INLINE const float* expand(const bf16* w, int64_t kc, float* scratch) {
+  for (int64_t j = 0; j < kc; ++j) store16(scratch + 16 * j, load_packed(w + 16 * j));
+  return scratch;
+}
+
+// Many rows: x rows rest in L2, one expanded panel block in L1, sums in scratch.
+template <class T>
+static void many_rows(const LinearArgs& a, int64_t row, int64_t rows, int64_t begin, int64_t end,
+                      float* scratch) {
+  float* x = scratch;                          // [ROW_BLOCK][X_STRIDE]
+  float* panel = x + ROW_BLOCK * X_STRIDE;     // [WIDE][K_BLOCK][16]
+  float* sums = panel + WIDE * K_BLOCK * 16;   // [panels / WIDE][ROW_BLOCK][WIDE * 16]
+  const T* w = static_cast<const T*>(a.weight);
+  for (int64_t k0 = 0; k0 < a.k; k0 += K_BLOCK) {
+    const int64_t kc = min64(K_BLOCK, a.k - k0);
+    for (int64_t r = 0; r < rows; ++r)
+      memcpy(x + r * X_STRIDE, a.x + (row + r) * a.k + k0, kc * sizeof(float));
+    for (int64_t p = begin; p < end; p += WIDE) {
+      const int64_t wide = min64(WIDE, end - p);
+      float* out = sums + (p - begin) * ROW_BLOCK * 16;
+      const T* first = w + (p * a.k + k0) * 16;
+      if (wide == WIDE && WIDE > 1) {
+        const float* ready = nullptr;
+        int64_t stride = a.k * 16;
+        for (int64_t b = WIDE - 1; b >= 0; --b)
+          ready = expand(first + b * a.k * 16, kc, panel + b * kc * 16);
+        if (ready == panel) stride = kc * 16;
+        multiply_all<WIDE, float>(rows, x, X_STRIDE, ready, stride, kc, out, WIDE * 16, k0 > 0);
+      } else {
+        for (int64_t b = 0; b < wide; ++b) {
+          const float* ready = expand(first + b * a.k * 16, kc, panel);
+          multiply_all<1, float>(rows, x, X_STRIDE, ready, 0, kc, out + 16 * b, WIDE * 16,
+                                 k0 > 0);
+        }
+      }
+    }
+  }
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t group = (p - begin) / WIDE, b = (p - begin) % WIDE;
+    finish(a, sums + group * WIDE * ROW_BLOCK * 16 + 16 * b, WIDE * 16, row, rows, p);
+  }
+}
+
+constexpr int64_t MAX_PANELS = 16;  // panels of a many-rows task: sums take at most 96 KiB
+constexpr int64_t LINEAR_FLOATS =
+    ROW_BLOCK * X_STRIDE + WIDE * K_BLOCK * 16 + MAX_PANELS * ROW_BLOCK * 16;
+
+static void linear(const LinearArgs& a, int64_t task, float* scratch) {
+  const int64_t panels = (a.n + 15) / 16;
+  const int64_t begin = task % a.panel_groups * a.panels_per_task;
+  const int64_t end = min64(panels, begin + a.panels_per_task);
+  if (a.rows <= ROWS) {
+    if (a.is_bf16) return few_rows_any<bf16>(a, begin, end);
+    return few_rows_any<float>(a, begin, end);
+  }
+  const int64_t row = task / a.panel_groups * ROW_BLOCK;
+  const int64_t rows = min64(ROW_BLOCK, a.rows - row);
+  if (a.is_bf16) return many_rows<bf16>(a, row, rows, begin, end, scratch);
+  many_rows<float>(a, row, rows, begin, end, scratch);
+}
+
+COPPICE_INLINE float read_element(const void* p, int64_t i, bool is_bf16) {
+  return is_bf16 ? to_float(static_cast<const bf16*>(p)[i]) : static_cast<const float*>(p)[i];
+}
+
+// Rows of one panel; k in short blocks, so that the lines written stay in L1.
+static void pack(const PackArgs& a) {
+  constexpr int64_t BLOCK = 64;
+  for (int64_t j0 = 0; j0 < a.k; j0 += BLOCK) {
+    const int64_t end = min64(a.k, j0 + BLOCK);
+    for (int64_t i = 0; i < a.count; ++i) {
+      const int64_t n = a.first + i, base = n / 16 * a.k * 16;
+      const int lane = (int)(n % 16), place = packed_place(lane);
+      for (int64_t j = j0; j < end; ++j) {
+        const float value = read_element(a.source, i * a.k + j, a.source_bf16);
+        if (a.is_bf16)
+          static_cast<bf16*>(a.weight)[base + j * 16 + place] = to_bf16(value);
+        else
+          static_cast<float*>(a.weight)[base + j * 16 + lane] = value;
+      }
+    }
+  }
+}
+
+// Row n of the matrix, back in float32 order.
+COPPICE_INLINE void unpack_row(const void* weight, bool is_bf16, int64_t k, int64_t n,
+                               float* out) {
+  const int64_t base = n / 16 * k * 16;
+  const int lane = (int)(n % 16), place = packed_place(lane);
+  if (is_bf16) {
+    const bf16* w = static_cast<const bf16*>(weight) + base + place;
+    for (int64_t j = 0; j < k; ++j) out[j] = to_float(w[16 * j]);
+  } else {
+    const float* w = static_cast<const float*>(weight) + base + lane;
+    for (int64_t j = 0; j < k; ++j) out[j] = w[16 * j];
+  }
+}
+
+// The inverse of pack, to float32: `source` is written.
+static void unpack(const PackArgs& a) {
+  float* out = static_cast<float*>(const_cast<void*>(a.source));
+  for (int64_t i = 0; i < a.count; ++i)
+    unpack_row(a.weight, a.is_bf16, a.k, a.first + i, out + i * a.k);
+}
+
+static void gather(const LinearArgs& a, const int32_t* token) {
+  for (int64_t i = 0; i < a.rows; ++i)
+    unpack_row(a.weight, a.is_bf16, a.k, token[i], a.out + i * a.k);
+}
+
+}  // namespace COPPICE_ISA
+}  // namespace coppice

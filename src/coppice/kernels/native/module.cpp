@@ -1,0 +1,149 @@
+// Python's way in: raw addresses and sizes, checked by ../native.py, which alone calls this.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "driver.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using Address = uintptr_t;
+using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+
+template <class T = float>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Ask for huge pages: weights are streamed whole, and page walks cost a quarter of it.
+void advise_huge(Address begin, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const Address page = 4096, first = (begin + page - 1) / page * page;
+  const Address last = (begin + static_cast<Address>(bytes)) / page * page;
+  if (last > first) madvise(at<void>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)begin, (void)bytes;
+#endif
+}
+
+void bind_linear(nb::module_& m) {
+  m.def(
+      "linear",
+      [](Address x, Address weight, Address bias, Address residual, Address out, int64_t rows,
+         int64_t n, int64_t k, bool is_bf16) {
+        coppice::linear({at(x), at<void>(weight), at(bias), at(residual), at(out), rows, n, k,
+                         is_bf16, 0, 0});
+      },
+      Unlocked());
+  m.def(
+      "pack",
+      [](Address source, Address weight, int64_t first, int64_t count, int64_t k,
+         bool source_bf16, bool is_bf16) {
+        coppice::pack({at<void>(source), at<void>(weight), first, count, k, source_bf16, is_bf16});
+      },
+      Unlocked());
+  m.def(
+      "unpack",
+      [](Address out, Address weight, int64_t first, int64_t count, int64_t k, bool is_bf16) {
+        coppice::unpack({at<void>(out), at<void>(weight), first, count, k, false, is_bf16});
+      },
+      Unlocked());
+  m.def(
+      "gather",
+      [](Address token, Address weight, Address out, int64_t rows, int64_t n, int64_t k,
+         bool is_bf16) {
+        coppice::gather({nullptr, at<void>(weight), nullptr, nullptr, at(out), rows, n, k,
+                         is_bf16, 0, 0},
+                        at<int32_t>(token));
+      },
+      Unlocked());
+}
+
+void bind_elementwise(nb::module_& m) {
+  m.def(
+      "norm",
+      [](Address x, Address weight, Address out, int64_t rows, int64_t n, float eps) {
+        coppice::norm({at(x), at(weight), at(out), rows, n, eps});
+      },
+      Unlocked());
+  m.def(
+      "gate",
+      [](Address gate_up, Address out, int64_t rows, int64_t n, int kind) {
+        coppice::gate({at(gate_up), at(out), rows, n, kind});
+      },
+      Unlocked());
+}
+
+void bind_attention(nb::module_& m) {
+  nb::class_<coppice::RowArrays>(m, "RowArrays", "Addresses of one step's row arrays.")
+      .def("__init__", [](coppice::RowArrays* self, Address position, Address sequence,
+                          Address parent, Address slot, Address page_table, Address prefix_len,
+                          int64_t rows, int64_t sequences, int64_t max_pages) {
+        new (self) coppice::RowArrays{
+            at<int32_t>(position),   at<int32_t>(sequence),   at<int32_t>(parent),
+            at<int32_t>(slot),       at<int32_t>(page_table), at<int32_t>(prefix_len),
+            rows,                    sequences,               max_pages};
+      });
+  nb::class_<coppice::Cache>(m, "Cache", "Addresses and shape of one layer's KV pages.")
+      .def("__init__", [](coppice::Cache* self, Address k, Address v, int64_t pages,
+                          int64_t kv_heads, int64_t page_size, int64_t head_dim, bool is_bf16) {
+        new (self) coppice::Cache{at<void>(k), at<void>(v), pages,  kv_heads,
+                                  page_size,   head_dim,    is_bf16};
+      });
+  m.def(
+      "rope",
+      [](Address qkv, Address cos_sin, Address q_weight, Address k_weight, Address q,
+         const coppice::Cache& cache, const coppice::RowArrays& rows, int64_t heads, int64_t half,
+         int qk_norm, float eps, int64_t max_position) {
+        coppice::rope({at(qkv), at(cos_sin), at(q_weight), at(k_weight), at(q), cache, rows,
+                       heads, half, qk_norm, eps},
+                      max_position);
+      },
+      Unlocked());
+  m.def(
+      "attention",
+      [](Address q, Address sinks, Address out, const coppice::Cache& cache,
+         const coppice::RowArrays& rows, int64_t heads, float scale, float softcap,
+         int32_t window) {
+        coppice::attention({at(q), at(sinks), at(out), cache, rows, nullptr, nullptr, 0, heads,
+                            scale, softcap, window});
+      },
+      Unlocked());
+}
+
+}  // namespace
+
+namespace coppice {
+void bind_sampler(nb::module_& m);  // sampler.cpp
+}
+
+NB_MODULE(_native, m) {
+  m.doc() = "Native CPU kernels; see coppice.kernels.native.";
+  m.def("available", &coppice::available);
+  m.def("isa", &coppice::isa);
+  m.def("set_isa", &coppice::set_isa);
+  m.def("num_threads", &coppice::num_threads);
+  m.def("set_num_threads", &coppice::set_num_threads, Unlocked());
+  m.def("advise_huge", &advise_huge);
+  m.def(
+      "read_probe",
+      [](Address p, int64_t count, int rounds) {
+        return coppice::read_probe(at(p), count, rounds);
+      },
+      Unlocked());
+  m.def("fma_probe", &coppice::fma_probe, Unlocked());
+  bind_linear(m);
+  bind_elementwise(m);
+  bind_attention(m);
+  coppice::bind_sampler(m);
+}

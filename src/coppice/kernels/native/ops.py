@@ -1,0 +1,304 @@
+"""`Ops` on the CPU through the C++ extension: shapes are checked here, arithmetic is there.
+
+The extension takes addresses. Every tensor whose address is passed is a live local of the
+calling method, contiguous, and of the type the kernel expects; `_ready` sees to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coppice.errors import EngineError
+from coppice.kernels import _native
+from coppice.kernels.interface import Activation, QKNorm
+from coppice.kernels.rows import Rows
+
+LANES = 16
+"""Output features of a packed panel; layers are padded to a multiple."""
+
+HUGE_BYTES = 4 << 20
+"""Packed weights of at least this size ask the kernel for huge pages."""
+
+FILL_ROWS = 512
+"""Rows converted at a time while packing a tensor of a foreign type or stride."""
+
+_ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+_QK_NORMS: dict[QKNorm, int] = {"none": 0, "head": 1, "full": 2}
+
+
+@dataclass(slots=True)
+class NativePacked:
+    """A weight in panels, ``[ceil(N / 16)][K][16]``, and its bias padded alike."""
+
+    data: Tensor
+    bias: Tensor | None
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    is_bf16: bool
+    address: int
+    bias_address: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, padding included."""
+        return self.data.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class NativeOps:
+    """`Ops` by the native CPU kernels."""
+
+    def __init__(self) -> None:
+        self.name = f"native {_native.isa()}"
+        self.device = torch.device("cpu")
+        self._rows: Rows | None = None
+        self._row_arrays: _native.RowArrays | None = None
+
+    def empty_linear(
+        self, out_features: int, in_features: int, dtype: torch.dtype, *, bias: bool = False
+    ) -> NativePacked:
+        """See `Ops.empty_linear`."""
+        padded = -(-out_features // LANES) * LANES
+        data = torch.empty(padded * in_features, dtype=dtype)
+        if data.nbytes >= HUGE_BYTES:
+            _native.advise_huge(data.data_ptr(), data.nbytes)
+        data.zero_()
+        bias_row = torch.zeros(padded) if bias else None
+        return NativePacked(
+            data=data,
+            bias=bias_row,
+            out_features=out_features,
+            in_features=in_features,
+            dtype=dtype,
+            is_bf16=dtype == torch.bfloat16,
+            address=data.data_ptr(),
+            bias_address=0 if bias_row is None else bias_row.data_ptr(),
+        )
+
+    def fill_linear(
+        self, packed: NativePacked, row: int, weight: Tensor, bias: Tensor | None = None
+    ) -> None:
+        """See `Ops.fill_linear`."""
+        rows, width = weight.shape
+        if width != packed.in_features or row + rows > packed.out_features:
+            raise EngineError(f"A {rows}x{width} part does not fit its layer at row {row}.")
+        for first in range(0, rows, FILL_ROWS):
+            part = weight[first : first + FILL_ROWS].contiguous()
+            if part.dtype not in (torch.float32, torch.bfloat16):
+                part = part.float()
+            _native.pack(
+                part.data_ptr(),
+                packed.address,
+                row + first,
+                part.shape[0],
+                width,
+                part.dtype == torch.bfloat16,
+                packed.is_bf16,
+            )
+        if bias is not None:
+            if packed.bias is None:
+                raise EngineError("The layer was made without a bias.")
+            packed.bias[row : row + rows].copy_(bias)
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> NativePacked:
+        """See `Ops.pack_linear`."""
+        packed = self.empty_linear(
+            weight.shape[0], weight.shape[1], weight.dtype, bias=bias is not None
+        )
+        self.fill_linear(packed, 0, weight, bias)
+        return packed
+
+    def unpack_linear(self, packed: NativePacked) -> Tensor:
+        """See `Ops.unpack_linear`."""
+        rows, width = packed.out_features, packed.in_features
+        out = torch.empty(rows, width)
+        _native.unpack(out.data_ptr(), packed.address, 0, rows, width, packed.is_bf16)
+        return out.to(packed.dtype)
+
+    def linear(self, x: Tensor, packed: NativePacked, *, residual: Tensor | None = None) -> Tensor:
+        """See `Ops.linear`."""
+        x = _ready(x)
+        rows, width = x.shape
+        n = packed.out_features
+        if width != packed.in_features:
+            raise EngineError(f"{width} features reached a layer that takes {packed.in_features}.")
+        residual_address = 0
+        if residual is not None:
+            residual = _ready(residual, rows * n)
+            residual_address = residual.data_ptr()
+        out = torch.empty(rows, n)
+        _native.linear(
+            x.data_ptr(),
+            packed.address,
+            packed.bias_address,
+            residual_address,
+            out.data_ptr(),
+            rows,
+            n,
+            width,
+            packed.is_bf16,
+        )
+        return out
+
+    def embedding(self, token: Tensor, packed: NativePacked) -> Tensor:
+        """See `Ops.embedding`."""
+        token = token.to(torch.int32).contiguous()
+        out = torch.empty(token.shape[0], packed.in_features)
+        _native.gather(
+            token.data_ptr(),
+            packed.address,
+            out.data_ptr(),
+            token.shape[0],
+            packed.out_features,
+            packed.in_features,
+            packed.is_bf16,
+        )
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+        """See `Ops.rms_norm`; any leading dims."""
+        x = _ready(x)
+        n = x.shape[-1]
+        weight = _ready(weight, n)
+        out = torch.empty_like(x)
+        _native.norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // n, n, eps)
+        return out
+
+    def rope_append(
+        self,
+        qkv: Tensor,
+        rows: Rows,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        cos_sin: Tensor,
+        *,
+        num_heads: int,
+        qk_norm: QKNorm = "none",
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        """See `Ops.rope_append`."""
+        num_kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
+        num_rows = rows.num_rows
+        qkv = _ready(qkv, num_rows * (num_heads + 2 * num_kv_heads) * head_dim)
+        cos_sin = _ready(cos_sin)
+        if qk_norm != "none":
+            full = qk_norm == "full"
+            assert q_weight is not None
+            assert k_weight is not None
+            q_weight = _ready(q_weight, head_dim * (num_heads if full else 1))
+            k_weight = _ready(k_weight, head_dim * (num_kv_heads if full else 1))
+        half = cos_sin.shape[2]
+        if 2 * half > head_dim:
+            raise EngineError(f"{2 * half} rotary dims do not fit a head of {head_dim}.")
+        q = torch.empty(num_rows, num_heads, head_dim)
+        _native.rope(
+            qkv.data_ptr(),
+            cos_sin.data_ptr(),
+            0 if q_weight is None else q_weight.data_ptr(),
+            0 if k_weight is None else k_weight.data_ptr(),
+            q.data_ptr(),
+            _cache(k_pages, v_pages),
+            self._arrays(rows),
+            num_heads,
+            half,
+            _QK_NORMS[qk_norm],
+            eps,
+            cos_sin.shape[0],
+        )
+        return q
+
+    def attention(
+        self,
+        q: Tensor,
+        rows: Rows,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `Ops.attention`."""
+        q = _ready(q)
+        num_rows, num_heads, head_dim = q.shape
+        if head_dim != k_pages.shape[3] or num_heads % k_pages.shape[1]:
+            raise EngineError(f"{num_heads}x{head_dim} queries do not fit these KV pages.")
+        if sinks is not None:
+            sinks = _ready(sinks, num_heads)
+        out = torch.empty(num_rows, num_heads * head_dim)
+        _native.attention(
+            q.data_ptr(),
+            0 if sinks is None else sinks.data_ptr(),
+            out.data_ptr(),
+            _cache(k_pages, v_pages),
+            self._arrays(rows),
+            num_heads,
+            scale,
+            softcap,
+            window,
+        )
+        return out
+
+    def gated_activation(self, gate_up: Tensor, kind: Activation) -> Tensor:
+        """See `Ops.gated_activation`."""
+        gate_up = _ready(gate_up)
+        rows, width = gate_up.shape
+        out = torch.empty(rows, width // 2)
+        _native.gate(gate_up.data_ptr(), out.data_ptr(), rows, width // 2, _ACTIVATIONS[kind])
+        return out
+
+    def _arrays(self, rows: Rows) -> _native.RowArrays:
+        """Addresses of the step's arrays, made once per step (layers share them)."""
+        if self._row_arrays is None or self._rows is not rows:
+            tensors = (
+                rows.position,
+                rows.sequence,
+                rows.parent,
+                rows.slot,
+                rows.page_table,
+                rows.prefix_len,
+            )
+            for tensor in tensors:
+                if tensor.dtype != torch.int32 or not tensor.is_contiguous():
+                    raise EngineError("Row arrays must be contiguous int32 tensors.")
+            sequences, max_pages = rows.page_table.shape
+            if rows.prefix_len.shape[0] != sequences:
+                raise EngineError("Rows need one prefix length per page table line.")
+            if any(t.shape != rows.slot.shape for t in tensors[:3]):
+                raise EngineError("Row arrays differ in length.")
+            self._row_arrays = _native.RowArrays(
+                *(tensor.data_ptr() for tensor in tensors), rows.num_rows, sequences, max_pages
+            )
+            self._rows = rows
+        return self._row_arrays
+
+
+def _ready(x: Tensor, count: int | None = None) -> Tensor:
+    """``x`` as contiguous float32 (copied only if it is not), of ``count`` elements."""
+    if x.dtype != torch.float32:
+        x = x.float()
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if count is not None and x.numel() != count:
+        raise EngineError(f"A tensor has {x.numel()} elements where {count} are needed.")
+    return x
+
+
+def _cache(k_pages: Tensor, v_pages: Tensor) -> _native.Cache:
+    """Addresses and shape of one layer's pages."""
+    dtype = k_pages.dtype
+    if dtype not in (torch.float32, torch.bfloat16) or v_pages.dtype != dtype:
+        raise EngineError(f"KV pages must be float32 or bfloat16, not {dtype}.")
+    if v_pages.shape != k_pages.shape:
+        raise EngineError("K and V pages differ in shape.")
+    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+        raise EngineError("KV pages must be contiguous.")
+    return _native.Cache(
+        k_pages.data_ptr(), v_pages.data_ptr(), *k_pages.shape, dtype == torch.bfloat16
+    )

@@ -1,0 +1,188 @@
+"""The one decoder: every supported architecture is a `ModelConfig` of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coppice.kernels.interface import Ops
+from coppice.kernels.rows import Rows
+from coppice.models.config import LayerSpec, ModelConfig
+from coppice.models.kv import KVLayout, KVPages
+from coppice.models.mlp import FeedForward
+from coppice.models.rope import RopeTable
+from coppice.weights import Linear
+
+
+@dataclass(slots=True, kw_only=True)
+class LayerWeights:
+    """One layer's packed weights; norms are float32 with any ``(1 + w)`` folded in."""
+
+    qkv: Linear
+    output: Linear
+    mlp: FeedForward
+    before_attention: Tensor | None = None
+    after_attention: Tensor | None = None
+    before_mlp: Tensor | None = None
+    after_mlp: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class DecoderWeights:
+    """All weights; ``head`` is ``embedding`` where they are tied."""
+
+    embedding: Linear
+    layers: list[LayerWeights]
+    norm: Tensor
+    head: Linear
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, tied matrices counted once."""
+        total = self.embedding.nbytes + self.norm.nbytes
+        total += 0 if self.head is self.embedding else self.head.nbytes
+        for layer in self.layers:
+            parts = [getattr(layer, name) for name in layer.__slots__]
+            total += sum(part.nbytes for part in parts if part is not None)
+        return int(total)
+
+
+class Decoder:
+    """Runs rows through the model once.
+
+    Args:
+        config: what to compute.
+        weights: the packed weights.
+        ops: the operators that packed them.
+        max_context: positions to serve, at most ``config.max_position`` (the default). It
+            decides which frequencies a LongRoPE model uses, see `coppice.models.rope`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        ops: Ops,
+        *,
+        max_context: int | None = None,
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.max_context = min(max_context or config.max_position, config.max_position)
+        self._ops = ops
+        dtype = torch.bfloat16 if weights.embedding.kind == "bf16" else torch.float32
+        self._kv_dtype = dtype
+        self._scale = _rounded(math.sqrt(config.hidden_size), dtype, config.scale_embedding)
+        specs = (*config.ropes, None)  # the last one for layers without positions
+        self._tables = [RopeTable(spec, self.max_context, weights.norm) for spec in specs]
+        self._blocks = [
+            Block(config, spec, layer, ops, self._tables[-1 if spec.rope is None else spec.rope])
+            for spec, layer in zip(config.layers, weights.layers, strict=True)
+        ]
+
+    def kv_layout(self, page_size: int) -> KVLayout:
+        """The KV cache this model needs, at the precision of its weights."""
+        config = self.config
+        return KVLayout(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            page_size=page_size,
+            dtype=self._kv_dtype,
+            device=torch.device(self._ops.device),
+        )
+
+    def forward(self, rows: Rows, pool: KVPages) -> Tensor:
+        """Write the rows' K and V into ``pool`` and compute logits for the wanted rows.
+
+        Returns:
+            ``[W, V]`` float32 for ``rows.logit_rows``, in order.
+
+        Raises:
+            EngineError: a position is beyond ``max_context``.
+        """
+        ops, weights, config = self._ops, self.weights, self.config
+        rows = rows.to(ops.device)
+        self._reach(rows)
+        x = weights.embedding.gather(rows.token)  # [T, hidden]
+        if self._scale != 1.0:
+            x = x * self._scale
+        last = len(self._blocks) - 1
+        wanted = rows.logit_rows if rows.logit_rows.shape[0] < rows.num_rows else None
+        for i, block in enumerate(self._blocks):
+            x = block(x, rows, pool.k[i], pool.v[i], wanted if i == last else None)
+        x = ops.rms_norm(x, weights.norm, eps=config.norm_eps)  # [W, hidden]
+        logits = weights.head(x)
+        if config.logit_softcap:
+            logits = torch.tanh(logits / config.logit_softcap) * config.logit_softcap
+        return logits
+
+    def _reach(self, rows: Rows) -> None:
+        """Make sure the rope tables cover the rows' positions."""
+        positions = int(rows.position.max()) + 1
+        for table in self._tables:
+            table.reach(positions)
+
+
+def _rounded(value: float, dtype: torch.dtype, wanted: bool) -> float:
+    """``value`` as the dtype holds it (Gemma multiplies in the weights' dtype), or 1."""
+    return float(torch.tensor(value).to(dtype)) if wanted else 1.0
+
+
+class Block:
+    """One decoder layer: attention and feed-forward, each added to its input."""
+
+    __slots__ = ("_attend", "_eps", "_ops", "_rope", "_table", "_weights")
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: LayerSpec,
+        weights: LayerWeights,
+        ops: Ops,
+        table: RopeTable,
+    ) -> None:
+        self._ops = ops
+        self._weights = weights
+        self._table = table
+        self._eps = config.norm_eps
+        self._rope: dict[str, Any] = {
+            "num_heads": config.num_heads,
+            "qk_norm": config.qk_norm,
+            "q_weight": weights.q_norm,
+            "k_weight": weights.k_norm,
+            "eps": config.norm_eps,
+        }
+        self._attend: dict[str, Any] = {
+            "scale": config.attention_scale,
+            "window": spec.window,
+            "softcap": config.attention_softcap,
+        }
+
+    def __call__(
+        self, x: Tensor, rows: Rows, k_pages: Tensor, v_pages: Tensor, wanted: Tensor | None
+    ) -> Tensor:
+        """``x [T, hidden]`` to ``[T, hidden]``, or to the ``wanted`` rows of it."""
+        ops, w = self._ops, self._weights
+        y = w.qkv(self._norm(x, w.before_attention))  # [T, (H + 2K) * D]
+        q = ops.rope_append(y, rows, k_pages, v_pages, self._table.cos_sin, **self._rope)
+        y = ops.attention(q, rows, k_pages, v_pages, **self._attend)  # [T, H * D]
+        if wanted is not None:  # K and V are in place: from here on, rows stand alone
+            x, y = x.index_select(0, wanted), y.index_select(0, wanted)
+        x = self._add(w.output, y, x, w.after_attention)
+        return self._add(w.mlp, self._norm(x, w.before_mlp), x, w.after_mlp)
+
+    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else self._ops.rms_norm(x, weight, eps=self._eps)
+
+    def _add(self, part: FeedForward, y: Tensor, x: Tensor, norm: Tensor | None) -> Tensor:
+        """``x + part(y)``, with the part's output normed first where there is a norm."""
+        if norm is None:
+            return part(y, x)
+        return x + self._ops.rms_norm(part(y), norm, eps=self._eps)

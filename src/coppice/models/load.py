@@ -1,0 +1,177 @@
+"""From a name to a model that runs: the one entry point of this room."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from coppice.errors import CheckpointError, ConfigError
+from coppice.kernels import get_ops
+from coppice.kernels.interface import Ops
+from coppice.models.build import Progress, build_weights
+from coppice.models.checkpoint import Checkpoint, open_folder
+from coppice.models.config import ModelConfig
+from coppice.models.decoder import Decoder
+from coppice.models.locate import BUNDLED, locate
+from coppice.models.plan import make_plan
+from coppice.models.registry import read_config
+from coppice.models.source import TensorSource
+from coppice.weights import Kind
+
+DType = Literal["auto", "float32", "bfloat16"]
+_KINDS: dict[str, Kind] = {"float32": "f32", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A decoder with all that is known about it.
+
+    Attributes:
+        folder: where tokenizer files lie (the parent folder, for a GGUF file).
+        tokenizer_source: what `coppice.models.tokenizer` loads from: the folder, or the
+            opened GGUF file's tokenizer.
+        num_params: parameters, tied matrices counted once.
+        weight_bytes: bytes of the packed weights.
+        weight_format: how the checkpoint stores them, e.g. ``"safetensors/bfloat16"``.
+        fingerprint: hex digest of configuration, tensors, precision and kernels; caches
+            made with one model are valid only under the same fingerprint.
+    """
+
+    decoder: Decoder
+    config: ModelConfig
+    folder: Path
+    tokenizer_source: Any
+    num_params: int
+    weight_bytes: int
+    weight_format: str
+    dtype: str
+    fingerprint: str
+
+
+def load_model(
+    model: str | Path = BUNDLED,
+    *,
+    dtype: DType = "auto",
+    ops: Ops | None = None,
+    max_context: int | None = None,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Load a decoder.
+
+    Args:
+        model: ``"bundled"``, a folder, a ``.gguf`` file, or a hub id ``owner/name``.
+        dtype: precision of weights and KV cache; ``"auto"`` keeps the checkpoint's own
+            (float16 becomes float32, which alone loses nothing).
+        ops: operators to pack for; by default the fastest on this machine.
+        max_context: longest context to serve, at most the model's own.
+        progress: called with bytes packed and bytes in all.
+
+    Raises:
+        CheckpointError: the model is missing, damaged, contradictory or not supported.
+            Nothing stays open or resident then.
+        ConfigError: ``dtype`` is none of the three.
+    """
+    if dtype not in ("auto", *_KINDS):
+        raise ConfigError(f"dtype {dtype!r} is unknown; use auto, float32 or bfloat16.")
+    path = locate(model)
+    if path.suffix == ".gguf":
+        checkpoint, tokenizer_source = _open_gguf(path)
+    else:
+        checkpoint = open_folder(path)
+        tokenizer_source = path
+    try:
+        return _load(
+            checkpoint,
+            tokenizer_source,
+            dtype=dtype,
+            ops=ops or get_ops(),
+            max_context=max_context,
+            progress=progress,
+        )
+    finally:
+        checkpoint.source.close()
+
+
+def _open_gguf(path: Path) -> tuple[Checkpoint, Any]:
+    from coppice.models.gguf import open_gguf
+
+    file = open_gguf(path)
+    return Checkpoint(path.parent, file.config, {}, file.source), file
+
+
+def _load(
+    checkpoint: Checkpoint,
+    tokenizer_source: Any,
+    *,
+    dtype: DType,
+    ops: Ops,
+    max_context: int | None,
+    progress: Progress | None,
+) -> LoadedModel:
+    config = _with_generation(read_config(checkpoint.config), checkpoint.generation)
+    source = checkpoint.source
+    if max_context is not None and not 1 <= max_context <= config.max_position:
+        raise ConfigError(
+            f"max_context {max_context} does not fit; this model serves 1 to "
+            f"{config.max_position} tokens."
+        )
+    if dtype == "auto":
+        dtype = "bfloat16" if source.native_dtype() == torch.bfloat16 else "float32"
+    weights = build_weights(config, source, ops, kind=_KINDS[dtype], progress=progress)
+    decoder = Decoder(config, weights, ops, max_context=max_context)
+    shapes = make_plan(config, set(source.names())).tensors().values()
+    return LoadedModel(
+        decoder=decoder,
+        config=config,
+        folder=checkpoint.folder,
+        tokenizer_source=tokenizer_source,
+        num_params=sum(math.prod(shape) for shape in shapes),
+        weight_bytes=weights.nbytes,
+        weight_format=source.format,
+        dtype=dtype,
+        fingerprint=_fingerprint(checkpoint.config, source, dtype, ops, decoder),
+    )
+
+
+def _with_generation(config: ModelConfig, generation: dict[str, Any]) -> ModelConfig:
+    """Add the end tokens ``generation_config.json`` names (chat models end turns by them)."""
+    found = generation.get("eos_token_id")
+    ids = found if isinstance(found, list) else [found]
+    extra = [i for i in ids if type(i) is int and 0 <= i < config.vocab_size]
+    merged = tuple(dict.fromkeys((*config.eos_token_ids, *extra)))
+    return dataclasses.replace(config, eos_token_ids=merged)
+
+
+def _fingerprint(
+    config: dict[str, Any], source: TensorSource, dtype: str, ops: Ops, decoder: Decoder
+) -> str:
+    """What cached keys and values depend on, as a digest."""
+    variants = [decoder.max_context > r.original for r in decoder.config.ropes if r.long_factor]
+    parts = [config, source.fingerprint(), dtype, ops.name, variants]
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_vocabulary(config: ModelConfig, tokenizer_size: int) -> None:
+    """Refuse a tokenizer that makes ids the model has no embedding for.
+
+    Args:
+        config: the model's.
+        tokenizer_size: one more than the tokenizer's largest id.
+
+    Raises:
+        CheckpointError: the tokenizer is of another model. (Fewer ids than embeddings are
+            normal: matrices are padded.)
+    """
+    if tokenizer_size > config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer makes {tokenizer_size} ids but the model knows {config.vocab_size}; "
+            "they belong to different models."
+        )

@@ -1,0 +1,50 @@
+"""The dense feed-forward part of a layer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from coppice.kernels.interface import Activation, Ops
+from coppice.weights import Linear
+
+
+class FeedForward(Protocol):
+    """What follows attention in a layer: one gated layer, or a mixture of them."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x [T, hidden]`` to ``[T, hidden]``, plus ``residual`` if given."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights."""
+        ...
+
+
+class GatedMLP:
+    """``down(act(gate(x)) * up(x))``.
+
+    Args:
+        gate_up: ``[2 * intermediate, hidden]``, gate half first.
+        down: ``[hidden, intermediate]``.
+    """
+
+    __slots__ = ("_activation", "_ops", "down", "gate_up")
+
+    def __init__(self, gate_up: Linear, down: Linear, ops: Ops, activation: Activation) -> None:
+        self.gate_up = gate_up
+        self.down = down
+        self._ops = ops
+        self._activation: Activation = activation
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights."""
+        return self.gate_up.nbytes + self.down.nbytes
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x [T, hidden]`` to ``[T, hidden]``, plus ``residual`` if given."""
+        inner = self._ops.gated_activation(self.gate_up(x), self._activation)
+        return self.down(inner, residual)

@@ -1,0 +1,60 @@
+"""HTTP: the OpenAI-compatible server in front of an engine process.
+
+It owns keys, limits, admission, the protocol, text and streams; it refuses to know
+anything about the model but its facts, its tokenizer and its chat template, and never
+imports torch.
+
+Invariant: every accepted call ends once, and is counted once by how it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from coppice.server.config import ServerConfig
+
+if TYPE_CHECKING:
+    from coppice.engine.config import EngineConfig
+
+__all__ = ["ServerConfig", "run"]
+
+
+def run(
+    server_config: ServerConfig,
+    engine_config: EngineConfig,
+    *,
+    engine_command: Sequence[str] | None = None,
+) -> int:
+    """Serve until SIGTERM or SIGINT; returns the process's exit code.
+
+    Prints one line when the model is ready, or one on stderr when it cannot be.
+
+    Args:
+        server_config: where to listen, who may ask.
+        engine_config: which model, how much memory.
+        engine_command: another engine program; it is given ``--socket PATH``.
+    """
+    from coppice.errors import CoppiceError
+    from coppice.server.lifecycle import Server, report
+    from coppice.server.tokenizing import tokenizer_of
+
+    command = engine_command or (
+        sys.executable,
+        "-m",
+        "coppice.engine.process",
+        "--config",
+        json.dumps(dataclasses.asdict(engine_config)),
+    )
+
+    async def serve() -> int:
+        return await Server(server_config, command, lambda: tokenizer_of(engine_config)).run()
+
+    try:
+        return asyncio.run(serve())
+    except CoppiceError as error:
+        return report(error)

@@ -1,0 +1,141 @@
+"""One engine process and the Unix socket that leads to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from coppice.engine.messages import (
+    Fatal,
+    FromEngine,
+    Shutdown,
+    ToEngine,
+    decode_from_engine,
+    encode,
+)
+from coppice.errors import EngineDeadError
+
+MAX_FRAME_BYTES = 64 << 20
+
+
+class EngineProcess:
+    """A running engine: a child process and a framed connection to it.
+
+    The socket lies in a directory of mode 0700 and has mode 0600 itself; one connection is
+    accepted, then the directory goes. The child gets its own session so that a Ctrl-C in the
+    terminal reaches only the front end, which ends the child by `close` (or by its own death,
+    which the child sees as the end of the stream).
+    """
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self.fatal: Fatal | None = None
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    @classmethod
+    async def spawn(cls, command: Sequence[str]) -> EngineProcess:
+        """Start ``command --socket PATH`` and wait until it connects.
+
+        Raises:
+            EngineDeadError: the process ended before it connected.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="coppice-"))  # mkdtemp makes it 0700
+        path = folder / "engine.sock"
+        connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = (
+            asyncio.get_running_loop().create_future()
+        )
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if connected.done():
+                writer.close()
+            else:
+                connected.set_result((reader, writer))
+
+        listener = await asyncio.start_unix_server(accept, path=path)
+        try:
+            path.chmod(0o600)
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                "--socket",
+                str(path),
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            await _connected_or_dead(connected, process)
+        finally:
+            listener.close()
+            shutil.rmtree(folder, ignore_errors=True)
+        reader, writer = connected.result()
+        return cls(process, reader, writer)
+
+    def send(self, message: ToEngine) -> None:
+        """Queue a message; lost without a word when the engine is already gone."""
+        if not self._writer.is_closing():
+            self._writer.write(encode(message))
+
+    async def messages(self) -> AsyncIterator[FromEngine]:
+        """Yield messages until the engine closes its end."""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                size = int.from_bytes(await self._reader.readexactly(4), "little")
+                if size > MAX_FRAME_BYTES:
+                    return
+                message = decode_from_engine(await self._reader.readexactly(size))
+                if isinstance(message, Fatal):
+                    self.fatal = message
+                yield message
+
+    async def close(self, grace_s: float = 5.0) -> int:
+        """Ask it to leave, then terminate, then kill. Returns the exit status."""
+        self.send(Shutdown())
+        for stop, wait_s in ((None, grace_s), (self._process.terminate, 1.0)):
+            if stop is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    stop()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), wait_s)
+                break
+        else:
+            self.kill()
+            await self._process.wait()
+        self._writer.close()
+        return self._process.returncode or 0
+
+    def kill(self) -> None:
+        """End it at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+
+async def _connected_or_dead(
+    connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]],
+    process: asyncio.subprocess.Process,
+) -> None:
+    death = asyncio.ensure_future(process.wait())
+    try:
+        both: set[asyncio.Future[Any]] = {connected, death}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not connected.done():
+            raise EngineDeadError(f"The engine process ended with status {death.result()}.")
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        raise
+    finally:
+        death.cancel()

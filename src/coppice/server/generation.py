@@ -1,0 +1,261 @@
+"""From engine outputs to text: the choices of one call, as deltas or as a whole."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from coppice.engine.detokenize import TextAssembler, TokenText
+from coppice.engine.messages import CancelReason, Output, TokenLogprob
+from coppice.engine.request import Request
+from coppice.errors import CoppiceError, EngineDeadError, EngineError, RowFaultError
+from coppice.server.engine_client import AsyncEngine
+
+Ending = Literal["finished", "cancelled", "expired"]
+GRACE_S = 5.0
+"""How long after the deadline the front end itself ends a call the engine has not ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A shown token and its log-probabilities."""
+
+    text: TokenText
+    scores: TokenLogprob
+
+
+@dataclass(slots=True)
+class Delta:
+    """What is new in one choice. The last one of a choice has a ``finish_reason``."""
+
+    index: int
+    text: str = ""
+    scores: list[TokenScore] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class Choice:
+    """One token stream of a call.
+
+    Attributes:
+        request: the engine request it belongs to; ``number`` is its index there.
+        index: its index in the reply.
+    """
+
+    request: Request
+    number: int
+    index: int
+    assembler: TextAssembler
+    ending: Ending | None = None
+
+    def take(self, output: Output) -> Delta:
+        """Turn one output into what the client sees of it."""
+        before = self.assembler.num_tokens
+        ends_by_token = output.stop_token is not None
+        delta = Delta(self.index, self.assembler.push(output.tokens, stop_token=ends_by_token))
+        if output.finish_reason is not None and self.assembler.stop_reason is None:
+            delta.text += self.assembler.flush()
+        if output.logprobs is not None:
+            shown = self.assembler.tokens[before : self.assembler.num_tokens]
+            if ends_by_token and self.assembler.stop_reason is None:
+                shown = shown[:-1]  # the EOS is no part of the answer's text
+            delta.scores = [
+                TokenScore(text, scores)
+                for text, scores in zip(shown, output.logprobs, strict=False)
+            ]
+        self._end(delta, output)
+        return delta
+
+    def _end(self, delta: Delta, output: Output) -> None:
+        if self.assembler.stop_reason is not None:
+            delta.finish_reason, delta.stop_reason = "stop", self.assembler.stop_reason
+            self.ending = "finished"
+            return
+        match output.finish_reason:
+            case None:
+                return
+            case "stop":
+                delta.finish_reason = "stop"
+                if output.stop_token in self.request.sampling.stop_token_ids:
+                    delta.stop_reason = output.stop_token
+                self.ending = "finished"
+            case "length":
+                delta.finish_reason, self.ending = "length", "finished"
+            case "expired":
+                delta.finish_reason, delta.stop_reason = "length", "deadline"
+                self.ending = "expired"
+            case "cancelled":
+                delta.finish_reason, delta.stop_reason = "length", "cancelled"
+                self.ending = "cancelled"
+            case "failed":
+                raise _failure(output)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Latencies of a call in seconds; ``None`` where it did not get that far."""
+
+    ttft_s: float | None
+    tpot_s: float | None
+    e2e_s: float
+    queue_s: float | None
+
+
+class Generation:
+    """Runs the engine requests of one call and yields their text.
+
+    Args:
+        engine: where they run.
+        requests: one per prompt.
+        assembler: makes the text assembler of one choice of a request.
+        deadline: monotonic time after which the call expires.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        requests: Sequence[Request],
+        assembler: Callable[[Request], TextAssembler],
+        *,
+        deadline: float,
+    ) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._deadline = deadline
+        self._queue: asyncio.Queue[Output] = asyncio.Queue()
+        self._choices: dict[tuple[str, int], Choice] = {}
+        for request in requests:
+            for number in range(request.sampling.n):
+                self._choices[request.id, number] = Choice(
+                    request, number, len(self._choices), assembler(request)
+                )
+        self.prompt_tokens = sum(len(request.prompt) for request in requests)
+        self._cached: dict[str, int] = {}
+        self.queue_s: float | None = None
+        self.first_token_s: float | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens shown so far, stop tokens included."""
+        return sum(choice.assembler.num_tokens for choice in self._choices.values())
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that came from the prefix cache."""
+        return sum(self._cached.values())
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of all requests together."""
+        return len(self._choices)
+
+    @property
+    def ending(self) -> Ending:
+        """How the call as a whole ended, once it has."""
+        endings = {choice.ending for choice in self._choices.values()}
+        return "expired" if "expired" in endings else (
+            "cancelled" if "cancelled" in endings else "finished"
+        )  # fmt: skip
+
+    def timing(self, arrived: float) -> Timing:
+        """Latencies seen so far, given the call's arrival (monotonic)."""
+        now, first = time.monotonic(), self.first_token_s
+        later = self.completion_tokens - self.num_choices
+        return Timing(
+            ttft_s=first - arrived if first else None,
+            tpot_s=(now - first) * self.num_choices / later if first and later > 0 else None,
+            e2e_s=now - arrived,
+            queue_s=self.queue_s,
+        )
+
+    def submit(self) -> None:
+        """Hand all requests to the engine.
+
+        Raises:
+            CapacityError: the engine is not ready; nothing was left behind.
+        """
+        for request in self._requests:
+            self._engine.submit(request, self._queue)
+
+    def cancel(self, reason: CancelReason = "cancelled") -> None:
+        """End what still runs; `deltas` then yields the endings the engine reports."""
+        for request in self._requests:
+            self._engine.cancel(request.id, reason)
+
+    def abandon(self) -> None:
+        """End what still runs and listen no more; harmless when all has ended."""
+        for request in self._requests:
+            self._engine.forget(request.id)
+
+    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
+        """Yield what is new, everything at hand at once, until all choices have ended.
+
+        When the consumer is slower than the engine, a later batch simply holds more.
+
+        Raises:
+            EngineError: a choice failed; the others were cancelled.
+        """
+        open_choices = set(self._choices)
+        try:
+            while open_choices:
+                batch: dict[int, Delta] = {}
+                for output in await self._next_outputs():
+                    key = (output.request_id, output.index)
+                    if key in open_choices:
+                        self._take(output, batch)
+                        if self._choices[key].ending is not None:
+                            open_choices.discard(key)
+                if batch:
+                    yield [batch[index] for index in sorted(batch)]
+        finally:
+            self.abandon()
+
+    def _take(self, output: Output, batch: dict[int, Delta]) -> None:
+        choice = self._choices[output.request_id, output.index]
+        self._cached[output.request_id] = max(
+            self._cached.get(output.request_id, 0), output.cached_tokens
+        )
+        if self.first_token_s is None and output.tokens:
+            self.first_token_s = time.monotonic()
+        if output.times is not None and self.queue_s is None:
+            self.queue_s = max(0.0, output.times[1] - output.times[0])
+        delta = choice.take(output)
+        if choice.assembler.stop_reason is not None and output.finish_reason is None:
+            self._engine.cancel(output.request_id, "stop", output.index)
+        known = batch.setdefault(choice.index, delta)
+        if known is not delta:
+            known.text += delta.text
+            known.scores += delta.scores
+            known.finish_reason = delta.finish_reason
+            known.stop_reason = delta.stop_reason
+
+    async def _next_outputs(self) -> list[Output]:
+        remaining = self._deadline + GRACE_S - time.monotonic()
+        try:
+            # NOTE: not wait_for, which in Python 3.11 loses a cancellation that comes together
+            # with an output, so that a client's leaving went unnoticed.
+            async with asyncio.timeout(max(remaining, 0.0)):
+                outputs = [await self._queue.get()]
+        except TimeoutError:
+            self.cancel("expired")
+            return [
+                Output(request_id=request_id, index=number, finish_reason="expired")
+                for request_id, number in self._choices
+            ]
+        while not self._queue.empty():
+            outputs.append(self._queue.get_nowait())
+        return outputs
+
+
+def _failure(output: Output) -> CoppiceError:
+    code, message = output.error or ("engine_error", "The request failed inside the engine.")
+    if code in ("engine_dead", "shutting_down"):
+        return EngineDeadError(message, code=code)
+    if code == RowFaultError.code:
+        return RowFaultError(message)
+    return EngineError(message, code=code)

@@ -1,0 +1,219 @@
+"""Start, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+import uvicorn
+
+from coppice.errors import ConfigError, CoppiceError
+from coppice.models.tokenizer import Tokenizer
+from coppice.server.admission import Admission
+from coppice.server.app import build_app
+from coppice.server.calls import Calls
+from coppice.server.config import ServerConfig
+from coppice.server.engine_client import AsyncEngine
+from coppice.server.http_protocol import MAX_HEADER_BYTES, protocol_class
+from coppice.server.keys import KeyRing
+from coppice.server.ledger import Ledger
+from coppice.server.metrics import Metrics
+from coppice.server.services import Services
+from coppice.server.text import TextService
+
+log = logging.getLogger("coppice.server")
+CLOSE_GRACE_S = 5.0
+
+
+class _Http(uvicorn.Server):
+    """uvicorn without its signal handlers: ours decide when to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """One server process from start to exit.
+
+    Args:
+        config: where to listen and so on.
+        command: the engine's command line.
+        load_tokenizer: run in a thread while the engine loads.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        command: Sequence[str],
+        load_tokenizer: Callable[[], Tokenizer],
+    ) -> None:
+        self._config = config
+        self._load_tokenizer = load_tokenizer
+        engine = AsyncEngine(command)
+        metrics = Metrics(vllm_names=config.metrics_names == "vllm")
+        self.services = Services(
+            config=config,
+            engine=engine,
+            keys=KeyRing.from_config(config),
+            ledger=Ledger(),
+            admission=Admission(config, engine),
+            calls=Calls(metrics),
+            metrics=metrics,
+        )
+        metrics.bind(self.services)
+        self._signals: asyncio.Queue[int] = asyncio.Queue()
+        self._forced = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve until a signal; returns the exit code.
+
+        Raises:
+            CoppiceError: the model could not be loaded, or the address cannot be had.
+        """
+        listener = _listen(self._config)
+        http = _Http(self._uvicorn_config())
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signals.put_nowait, number)
+        serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
+        stats = asyncio.create_task(self._log_stats(), name="stats")
+        try:
+            if await self._load(listener):
+                await self._drain(await self._signals.get())
+        finally:
+            stats.cancel()
+            if self._forced.is_set():
+                self.services.engine.kill()
+                http.force_exit = True
+            http.should_exit = True
+            await serving
+            await self.services.engine.close(0.0 if self._forced.is_set() else CLOSE_GRACE_S)
+            if self.services.text is not None:
+                self.services.text.close()
+        return 0
+
+    async def _load(self, listener: socket.socket) -> bool:
+        """Load engine and tokenizer side by side; false when a signal came first."""
+        loading = asyncio.ensure_future(self._load_both())
+        stopping = asyncio.ensure_future(self._signals.get())
+        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if stopping.done():
+            loading.cancel()
+            with contextlib.suppress(asyncio.CancelledError, CoppiceError):
+                await loading
+            return False
+        stopping.cancel()
+        loading.result()
+        self._say_ready(listener)
+        return True
+
+    async def _load_both(self) -> None:
+        tokenizer_loaded = asyncio.get_running_loop().run_in_executor(None, self._load_tokenizer)
+        try:
+            facts = await self.services.engine.start()
+        finally:
+            await _settled(tokenizer_loaded)
+        tokenizer = await tokenizer_loaded
+        tokenizer.require_vocab(facts.vocab_size)
+        self.services.text = TextService(tokenizer)
+
+    def _say_ready(self, listener: socket.socket) -> None:
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        facts = self.services.engine.facts
+        assert facts is not None
+        print(
+            f"coppice serves {self.services.model_name} at http://{shown}:{port}"
+            f" ({facts.kernels}, {facts.num_threads} threads, "
+            f"{facts.num_pages} KV pages of {facts.page_size} tokens)",
+            flush=True,
+        )
+
+    async def _drain(self, first: int) -> None:
+        """Announce, refuse, wait for running calls, end the rest; a second signal cuts short."""
+        services, config = self.services, self._config
+        second = asyncio.ensure_future(self._signals.get())
+        services.phase = "announced"
+        if first == signal.SIGTERM:
+            await asyncio.wait({second}, timeout=config.drain_announce_s)
+        services.phase = "closed"
+        log.info("draining: %d calls run", len(services.calls))
+        deadline = asyncio.get_running_loop().time() + config.drain_s
+        while len(services.calls) and not second.done():
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                break
+            await asyncio.wait({second}, timeout=min(0.05, left))
+        if second.done():
+            self._forced.set()
+        second.cancel()
+        services.engine.fail_all("The server is shutting down.")
+        for _ in range(100):  # let the replies go out
+            if not len(services.calls):
+                break
+            await asyncio.sleep(0.01)
+
+    async def _log_stats(self) -> None:
+        last = 0
+        while True:
+            await asyncio.sleep(self._config.stats_log_s)
+            stats, ledger = self.services.engine.stats, self.services.ledger
+            if stats is None or (stats.steps == last and not ledger.in_flight):
+                continue
+            last = stats.steps
+            log.info(
+                "running=%d waiting=%d pages=%d/%d cached_pages=%d generated=%d in_flight=%d "
+                "outcomes=%s", stats.running, stats.waiting, stats.pages_used, stats.num_pages,
+                stats.pages_cached, stats.generated_tokens, ledger.in_flight,
+                ",".join(f"{name}:{count}" for name, count in ledger.outcomes.items()),
+            )  # fmt: skip
+
+    def _uvicorn_config(self) -> uvicorn.Config:
+        return uvicorn.Config(
+            build_app(self.services),
+            http=protocol_class(self._config),
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=int(CLOSE_GRACE_S),
+            backlog=min(self._config.max_connections, 1024),
+        )
+
+
+async def _settled(future: Awaitable[object]) -> None:
+    with contextlib.suppress(CoppiceError):
+        await future
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host.strip("[]"), config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"Cannot listen on {config.host}:{config.port} ({error.strerror}); choose another "
+            "port, or 0 for a free one.",
+            param="port",
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def report(error: CoppiceError) -> int:
+    """Say on stderr why the server did not start; returns the exit code."""
+    print(f"coppice: {error.message} [{error.code}]", file=sys.stderr, flush=True)
+    return error.exit_code

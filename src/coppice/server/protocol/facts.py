@@ -1,0 +1,51 @@
+"""Models, health, info and cancel."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+
+class ModelCard(BaseModel):
+    """A model that can be asked."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """All models (one, today)."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    """``status`` is ``ok``, ``loading``, ``restarting``, ``draining`` or ``failed``."""
+
+    status: str
+
+
+class Info(BaseModel):
+    """What the server is, holds and has done."""
+
+    version: str
+    state: str
+    uptime_s: float
+    model: dict[str, Any] | None
+    limits: dict[str, Any]
+    outcomes: dict[str, int]
+    engine: dict[str, Any] | None
+    engine_restarts: int
+    timeline: dict[str, Any]
+
+
+class CancelReply(BaseModel):
+    """How many calls were told to end."""
+
+    id: str
+    cancelled: int

@@ -1,0 +1,171 @@
+"""``POST /v1/chat/completions`` and its ``/render`` twin."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from coppice.engine.messages import ModelFacts
+from coppice.server import convert
+from coppice.server.calls import run
+from coppice.server.fields import review
+from coppice.server.generation import Delta, Generation
+from coppice.server.json_body import BoundedRoute
+from coppice.server.protocol.chat import ChatReply, ChatRequest, RenderReply
+from coppice.server.replies import Frame, Gathered, chat_logprobs
+from coppice.server.routes.documented import ERRORS, STREAMED
+from coppice.server.services import services_of
+from coppice.server.serving import Plan, Prepared, Route, answer
+from coppice.server.stream import event, while_connected
+from coppice.server.text import TextService
+from coppice.server.tools import ToolText, Turn, plan_turn
+
+router = APIRouter(route_class=BoundedRoute)
+ROUTE = Route("/v1/chat/completions", "chatcmpl", "chat.completion", "chat.completion.chunk")
+
+
+@router.post(ROUTE.path, response_model=ChatReply, responses=ERRORS | STREAMED)
+async def chat(body: ChatRequest, request: Request) -> Response:
+    """Answer a conversation."""
+    services = services_of(request)
+    turn = _Turn()
+
+    def token_bytes(token: int) -> bytes:
+        assert services.text is not None
+        return services.text.tokenizer.token_bytes(token)
+
+    def whole(frame: Frame, choices: list[Gathered]) -> Response:
+        frame = frame.warn(turn.is_.warnings)
+        made = [_choice(body, turn.is_, choice, token_bytes) for choice in choices]
+        assert frame.call.generation is not None
+        return JSONResponse(frame.whole(made, frame.call.generation))
+
+    def chunks(frame: Frame, generation: Generation) -> AsyncGenerator[bytes, None]:
+        frame = frame.warn(turn.is_.warnings)
+        return _chunks(frame, generation, turn.is_, token_bytes if body.logprobs else None)
+
+    return await answer(
+        request, body, ROUTE, plan=lambda: _plan(body, turn), whole=whole, chunks=chunks
+    )
+
+
+@router.post(ROUTE.path + "/render", response_model=RenderReply, responses=ERRORS)
+async def render(body: ChatRequest, request: Request) -> Response:
+    """Show the prompt a conversation becomes, and its tokens."""
+    services = services_of(request)
+    text, facts = services.require_open()
+    services.require_model(body.model)
+    warnings = review(body, strict=services.config.strict_fields)
+    turn = _Turn()
+    prompt, tokens = await while_connected(request.receive, _prompt(body, turn, text, facts))
+    warnings += turn.is_.warnings
+    reply: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "count": len(tokens)}
+    return JSONResponse(reply | ({"warnings": warnings} if warnings else {}))
+
+
+class _Turn:
+    """The turn, once `_prompt` has planned it (off the event loop)."""
+
+    is_ = Turn()
+
+
+def _plan(body: ChatRequest, turn: _Turn) -> Plan:
+    params = convert.sampling(
+        body,
+        max_tokens=convert.chat_max_tokens(body),
+        logprobs=convert.chat_logprobs(body),
+    )
+
+    async def prepare(text: TextService, facts: ModelFacts) -> Prepared:
+        _, prompt = await _prompt(body, turn, text, facts)
+        return Prepared([prompt], turn.is_.grammar)
+
+    return Plan(
+        characters=convert.message_characters(body.messages),
+        sequences=params.n,
+        params=params,
+        prepare=prepare,
+        continues_prompt=False,
+    )
+
+
+async def _prompt(
+    body: ChatRequest, turn: _Turn, text: TextService, facts: ModelFacts
+) -> tuple[str, list[int]]:
+    convert.check_characters(convert.message_characters(body.messages), facts.context_length)
+    turn.is_ = await text.run(partial(plan_turn, body, text.template))
+    prompt = await text.render(
+        convert.openai_messages(body.messages),
+        turn.is_.tools,
+        body.chat_template_kwargs,
+        context=facts.context_length,
+    )
+    # The template has written BOS and the like itself.
+    context = facts.context_length
+    return prompt, await text.encode(prompt, add_special_tokens=False, context=context)
+
+
+def _choice(body: ChatRequest, turn: Turn, choice: Gathered, token_bytes: Any) -> dict[str, Any]:
+    reader = ToolText(turn)
+    pieces = [*reader.push(choice.text), *reader.finish()]
+    content = "".join(piece.get("content", "") for piece in pieces)
+    calls = reader.calls()
+    message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls
+                               else None}  # fmt: skip
+    if calls:
+        message["tool_calls"] = calls
+    return {
+        "index": choice.index,
+        "message": message,
+        "logprobs": chat_logprobs(choice.scores, token_bytes) if body.logprobs else None,
+        "finish_reason": reader.finish_reason(choice.finish_reason),
+        "stop_reason": choice.stop_reason,
+    }
+
+
+async def _chunks(
+    frame: Frame, generation: Generation, turn: Turn, token_bytes: Any
+) -> AsyncGenerator[bytes, None]:
+    readers = [ToolText(turn) for _ in range(generation.num_choices)]
+    yield b"".join(
+        event(frame.chunk([_piece(index, {"role": "assistant", "content": ""})], first=index == 0))
+        for index in range(len(readers))
+    )
+    async with aclosing(run(frame.call)) as batches:
+        async for deltas in batches:
+            choices = [
+                choice
+                for delta in deltas
+                for choice in _pieces(delta, readers[delta.index], token_bytes)
+            ]
+            if choices:
+                yield b"".join(event(frame.chunk([choice])) for choice in choices)
+    if frame.include_usage:
+        yield event(frame.usage_chunk(generation))
+
+
+def _pieces(delta: Delta, reader: ToolText, token_bytes: Any) -> list[dict[str, Any]]:
+    """The choices (one per event) that say what is new in one answer."""
+    pieces = reader.push(delta.text)
+    if delta.finish_reason is not None:
+        pieces += reader.finish()
+    if delta.scores and not pieces:
+        pieces = [{}]
+    made = [_piece(delta.index, piece) for piece in pieces]
+    if made and token_bytes is not None:
+        made[0]["logprobs"] = chat_logprobs(delta.scores, token_bytes)
+    if delta.finish_reason is not None:
+        last = _piece(delta.index, {})
+        last["finish_reason"] = reader.finish_reason(delta.finish_reason)
+        last["stop_reason"] = delta.stop_reason
+        made.append(last)
+    return made
+
+
+def _piece(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

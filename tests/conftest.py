@@ -1,0 +1,29 @@
+"""Shared by all tests: a clean environment and the shared data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A developer's own settings must not decide what a test sees, here or in child processes.
+for _name in [name for name in os.environ if name.startswith("COPPICE_")]:
+    del os.environ[_name]
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Public data beside the repository; tests that need it skip where it is absent."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"the shared data is not at {path}")
+    return path

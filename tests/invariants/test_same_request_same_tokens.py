@@ -1,0 +1,44 @@
+"""Promise 1: a request's output does not depend on what surrounds it, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+
+from coppice.engine.config import EngineConfig
+from coppice.engine.loading import EngineModel, load_engine_model
+from tests.kits.invariance import ARRANGEMENTS, Arrangement, Outcome, make_requests, outcomes
+from tests.kits.models import DRAFT
+
+NUM_REQUESTS = 100
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def model(request: pytest.FixtureRequest) -> EngineModel:
+    return load_engine_model(EngineConfig(model=DRAFT, dtype=request.param))
+
+
+@pytest.fixture(scope="module")
+def expected(model: EngineModel) -> dict[str, Outcome]:
+    return outcomes(model, EngineConfig(), make_requests(model, NUM_REQUESTS, 1), Arrangement())
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS[1:], ids=str)
+def test_same_tokens_and_logprobs(
+    model: EngineModel, expected: dict[str, Outcome], arrangement: Arrangement
+) -> None:
+    requests = make_requests(model, NUM_REQUESTS, 1)
+    found = outcomes(model, EngineConfig(), requests, arrangement, seed=5)
+    wrong = [key for key in expected if found[key] != expected[key]]
+    assert not wrong, f"{len(wrong)} of {NUM_REQUESTS} differ, first {wrong[0]}"
+
+
+def test_the_kit_notices_a_difference(model: EngineModel, expected: dict[str, Outcome]) -> None:
+    """Another seed must change sampled answers, or the comparison above proves nothing."""
+    import msgspec
+
+    requests = [
+        msgspec.structs.replace(r, sampling=msgspec.structs.replace(r.sampling, seed=12345))
+        for r in make_requests(model, 12, 1)
+    ]
+    found = outcomes(model, EngineConfig(), requests, Arrangement())
+    assert any(found[key] != expected[key] for key in found)

@@ -1,0 +1,174 @@
+"""The invariance kit: same request, same tokens and log-probabilities, bit for bit.
+
+`outcomes` runs requests through an engine under an `Arrangement` of everything that must not
+matter (neighbours, chunking, cached prefixes, preemption). Features that touch the step add
+a field here and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from coppice.engine.config import EngineConfig
+from coppice.engine.engine import Engine
+from coppice.engine.loading import EngineModel
+from coppice.engine.request import Request, SamplingParams
+from coppice.scheduling import Plan, Planner, Snapshot, StepPlanner
+
+Outcome = tuple[tuple[int, ...], tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...], str]
+
+QUESTIONS = Path(__file__).parents[3] / "shared/data/spec_bench/question.jsonl"
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """What surrounds a request and must not change its answer."""
+
+    batched: bool = False
+    chunk: int = 512
+    cached: bool = False
+    preempt: bool = False
+
+    def __str__(self) -> str:
+        return "-".join(
+            (
+                "batched" if self.batched else "alone",
+                f"chunk{self.chunk}",
+                "cached" if self.cached else "cold",
+                "preempted" if self.preempt else "calm",
+            )
+        )
+
+
+ARRANGEMENTS = [
+    Arrangement(batched, chunk, cached, preempt)
+    for batched, chunk, cached, preempt in itertools.product(
+        (False, True), (512, 7, 64), (False, True), (False, True)
+    )
+]
+
+
+class RandomPreemption:
+    """A planner that throws out random running sequences, whatever the need."""
+
+    def __init__(self, inner: Planner, seed: int, rate: float = 0.15) -> None:
+        self._inner = inner
+        self._random = random.Random(seed)
+        self._rate = rate
+        self.count = 0
+
+    def plan(self, snapshot: Snapshot) -> Plan:
+        """The inner plan, less the victims' grants."""
+        plan = self._inner.plan(snapshot)
+        leaving = set(map(id, plan.preempt))
+        victims = [
+            s
+            for s in snapshot.running
+            if id(s) not in leaving and self._random.random() < self._rate
+        ]
+        self.count += len(victims)
+        gone = set(map(id, victims))
+        return replace(
+            plan,
+            preempt=[*plan.preempt, *victims],
+            grants=[g for g in plan.grants if id(g.sequence) not in gone],
+        )
+
+
+def make_requests(model: EngineModel, count: int, seed: int) -> list[Request]:
+    """Real questions cut to 1-200 tokens, every third greedy, others sampled every way."""
+    rng = random.Random(seed)
+    lines = QUESTIONS.read_text().splitlines()
+    texts = [turn for line in lines for turn in json.loads(line)["turns"]]
+    requests = []
+    for i in range(count):
+        tokens = model.tokenizer.encode(rng.choice(texts))[: rng.choice((1, 31, 32, 33, 80, 200))]
+        params = SamplingParams(
+            max_tokens=rng.randint(4, 24),
+            temperature=0.0 if i % 3 == 0 else rng.choice((0.5, 1.0, 1.4)),
+            top_p=rng.choice((1.0, 0.9)),
+            top_k=rng.choice((0, 40)),
+            min_p=rng.choice((0.0, 0.05)),
+            presence_penalty=rng.choice((0.0, 0.5)),
+            repetition_penalty=rng.choice((1.0, 1.2)),
+            logprobs=3,
+            seed=rng.getrandbits(40),
+        )
+        requests.append(Request(id=f"r{i}", prompt=tokens, sampling=params))
+    return requests
+
+
+def outcomes(
+    model: EngineModel,
+    config: EngineConfig,
+    requests: list[Request],
+    arrangement: Arrangement,
+    seed: int = 0,
+) -> dict[str, Outcome]:
+    """Run ``requests`` under ``arrangement``; what came of each, by id."""
+    config = replace(
+        config, prefill_chunk=arrangement.chunk, prefix_cache=arrangement.cached, max_sequences=32
+    )
+    planner: Planner = StepPlanner()
+    if arrangement.preempt:
+        planner = RandomPreemption(planner, seed)
+    engine = Engine(model, config, planner=planner)
+    if arrangement.cached:
+        for request in requests:
+            warm = msgspec.structs.replace(request, id=f"warm-{request.id}")
+            run(engine, [warm])
+    if not arrangement.batched:
+        found = {}
+        for request in requests:
+            found |= run(engine, [request])
+    else:
+        found = _run_among_neighbours(engine, model, requests, seed)
+    engine.check_pages()
+    if isinstance(planner, RandomPreemption):
+        assert planner.count > 0, "nothing was preempted: the arrangement tested nothing"
+    if arrangement.cached:
+        assert engine.pages.hit_tokens > 0, "nothing was cached: the arrangement tested nothing"
+    return found
+
+
+def run(engine: Engine, requests: list[Request]) -> dict[str, Outcome]:
+    """Submit all at once and step to the end."""
+    for request in requests:
+        engine.submit(request)
+    return _collect(engine, {r.id for r in requests})
+
+
+def _run_among_neighbours(
+    engine: Engine, model: EngineModel, requests: list[Request], seed: int
+) -> dict[str, Outcome]:
+    rng = random.Random(seed)
+    others = make_requests(model, len(requests) // 2, seed + 1)
+    crowd = [*requests, *(msgspec.structs.replace(r, id=f"n{r.id}") for r in others)]
+    rng.shuffle(crowd)
+    for request in crowd:
+        engine.submit(request)
+    return _collect(engine, {r.id for r in requests})
+
+
+def _collect(engine: Engine, wanted: set[str]) -> dict[str, Outcome]:
+    tokens: dict[str, list[int]] = {}
+    logprobs: dict[str, list[tuple[int, float, tuple[tuple[int, float], ...]]]] = {}
+    found: dict[str, Outcome] = {}
+    while engine.has_work:
+        for output in engine.step():
+            key = output.request_id
+            tokens.setdefault(key, []).extend(output.tokens)
+            logprobs.setdefault(key, []).extend(
+                (lp.token, lp.logprob, tuple((t, p) for t, p in lp.top))
+                for lp in output.logprobs or ()
+            )
+            if output.finish_reason is not None and key in wanted:
+                found[key] = (tuple(tokens[key]), tuple(logprobs[key]), output.finish_reason)
+    assert found.keys() == wanted
+    return found
