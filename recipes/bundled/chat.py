@@ -11,7 +11,7 @@ from recipes.bundled.corpus import Document
 
 Message = dict[str, str]
 MAX_ANSWER_CHARS = 1_200
-SENTENCE_END = re.compile("(?<=[.!?])[\u201d\"\u2019]?\\s+(?=[\u201c\"\u2018A-Z])")
+SENTENCE_END = re.compile('(?<=[.!?])[\u201d"\u2019]?\\s+(?=[\u201c"\u2018A-Z])')
 SEEDS = Path(__file__).with_name("seeds.json")
 CONTINUE = ("Continue: {}", "Continue the story: {}", "What happens next? {}")
 WRITE = (

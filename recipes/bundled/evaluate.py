@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from recipes.bundled.data import load_stream
 from recipes.bundled.export import load_model
@@ -43,7 +43,7 @@ def bits_per_byte(
         for ids in windows:
             logits = model(ids[:, :-1].to(device))
             targets = ids[0, 1:].to(device)
-            nats += F.cross_entropy(logits[0], targets, reduction="sum").item()
+            nats += functional.cross_entropy(logits[0], targets, reduction="sum").item()
             tokens += len(targets)
         scores[source] = nats / math.log(2) / (tokens * bytes_per_token)
     return scores

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from recipes.bundled.checkpoint import Progress, load_checkpoint, save_checkpoint
 from recipes.bundled.data import MIXTURE, WindowSampler, load_stream
@@ -71,7 +71,7 @@ class Trainer:
 
     def mean_loss(self, ids: Tensor, wanted: Tensor) -> Tensor:
         """Return the mean cross entropy of ``[B, T]`` inputs and targets, in nats."""
-        return F.cross_entropy(self.model(ids).flatten(0, 1), wanted.flatten())
+        return functional.cross_entropy(self.model(ids).flatten(0, 1), wanted.flatten())
 
     def used(self) -> float:
         """Return the share of the budget that is used, 0 to 1."""
@@ -130,10 +130,10 @@ class Trainer:
                 saved = last = time.monotonic()
         self.save()
         if not self.stopped:
-            self.report(max_windows=None)
+            self.report()
 
-    def report(self, max_windows: int | None = 2) -> None:
-        """Print bits per byte on held-out text."""
+    def report(self, max_windows: int = 2) -> None:
+        """Print bits per byte on a little held-out text; ``evaluate`` measures all of it."""
         scores = bits_per_byte(self.model, self.args.work, self.args.device, max_windows)
         print("bpb " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
 
