@@ -124,9 +124,10 @@ class ServerProcess:
             base_url=f"{self.url}/v1", api_key=self.key or "none", **(defaults | kwargs)
         )
 
-    def http(self, **kwargs: Any) -> httpx.Client:
+    def http(self, *, headers_more: dict[str, str] | None = None, **kwargs: Any) -> httpx.Client:
         """A plain client with the server's key."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers |= headers_more or {}
         return httpx.Client(
             base_url=self.url, headers=headers, timeout=30.0, verify=_NO_TLS, **kwargs
         )

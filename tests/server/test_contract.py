@@ -85,7 +85,7 @@ def test_drain_ends_what_remains_with_an_error_event(fake_model: Path) -> None:
 
 def test_second_sigterm_stops_now(fake_model: Path) -> None:
     with ServerProcess(fake_model, fake={"step_s": 0.02}, server={"drain_s": 60.0}) as server:
-        running, result = in_thread(lambda: stream_lines(server.url, LONG))
+        running, _ = in_thread(lambda: stream_lines(server.url, LONG))
         time.sleep(0.3)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
@@ -361,11 +361,11 @@ def test_refusal_costs_under_a_millisecond_of_cpu(fake_model: Path) -> None:
         with server.http() as http:
             http.post("/v1/completions", json={"prompt": "a"})
             before = sum(process.cpu_times()[:2])
-            for _ in range(200):
+            for _ in range(80):
                 assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 503
             spent = sum(process.cpu_times()[:2]) - before
         server.process.send_signal(signal.SIGTERM)
         server.process.send_signal(signal.SIGTERM)
         held.join()
     # Of the whole exchange (parsing, middleware, reply), with room for a busy machine.
-    assert spent / 200 < 0.004, spent / 200
+    assert spent / 80 < 0.004, spent / 80

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import openai
@@ -251,6 +252,17 @@ def test_request_id_is_echoed_or_refused(server: ServerProcess) -> None:
         assert bad.status_code == 400
         made = http.get("/health/live")
         assert made.headers["x-request-id"].startswith("req-")
+
+
+def test_replies_do_not_wait_for_delayed_acknowledgements(server: ServerProcess) -> None:
+    with server.http() as http:
+        http.get("/health/live")
+        times = []
+        for _ in range(20):
+            started = time.monotonic()
+            http.get("/health/live")
+            times.append(time.monotonic() - started)
+    assert sorted(times)[5] < 0.035, times
 
 
 def test_system_fingerprint_is_the_engines(server: ServerProcess) -> None:

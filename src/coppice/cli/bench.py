@@ -170,7 +170,7 @@ def _report(llm: LLM, title: str, rows: Rows, *, as_json: bool) -> None:
     for name, (value, unit) in rows.items():
         table.add_row(name, *_cells(value), unit)
     out().print(table)
-    print_note(f"{facts.name}, {facts.weight_format}, {facts.kernels}, {facts.num_threads} threads")
+    print_note(f"{facts.name}, {facts.weight_format}, {facts.kernels}")
 
 
 def _figures(value: Spread | float) -> dict[str, float]:

@@ -97,6 +97,12 @@ class EngineConfig(RoomConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_rows <= self.max_sequences:
+            raise ConfigError(
+                f"max_rows must be greater than max_sequences ({self.max_sequences}), so that a "
+                f"step has a row for every answer and one for a prompt; got {self.max_rows}.",
+                param="max_rows",
+            )
         if self.page_size & (self.page_size - 1):
             raise ConfigError(
                 f"page_size must be a power of two, got {self.page_size}.", param="page_size"

@@ -205,9 +205,9 @@ class Engine:
             )
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
-        room = self.context_length - len(request.prompt)
-        wanted = request.sampling.max_tokens
-        grammar = request.sampling.grammar
+        params = request.sampling
+        wanted = self.context_length if params.max_tokens is None else params.max_tokens
+        eos_ids = frozenset() if params.ignore_eos else self.model.eos_ids
         self._arrivals += 1
         return Sequence(
             request=request,
@@ -215,14 +215,15 @@ class Engine:
             arrival=self._arrivals,
             tokens=list(request.prompt),
             sampler=SamplerState(
-                request.sampling,
+                params,
                 request.prompt,
                 self.model.tokenizer.vocab_size,
                 choice_index=index,
                 eos_ids=sorted(self.model.eos_ids),
             ),
-            grammar=None if grammar is None else self._start_grammar(grammar),
-            max_tokens=room if wanted is None else min(room, wanted),
+            grammar=None if params.grammar is None else self._start_grammar(params.grammar),
+            stop_ids=eos_ids | frozenset(params.stop_token_ids),
+            end=min(self.context_length, len(request.prompt) + wanted),
             submitted_s=self.clock(),
         )
 
@@ -260,7 +261,7 @@ class Engine:
             num_available=self.pages.allocator.num_available,
             page_size=config.page_size,
             max_rows=max(
-                self._cost.rows_within(MAX_STEP_S, config.max_rows), len(self._running) + 1
+                self._cost.rows_within(MAX_STEP_S, config.max_rows), config.max_sequences + 1
             ),
             max_sequences=config.max_sequences,
             prefill_chunk=config.prefill_chunk,
@@ -303,26 +304,11 @@ class Engine:
             sequence.first_token_s = now
             self._totals["prompt_tokens"] += len(sequence.request.prompt)
             self._release_held_back(sequence.request.id, enqueue=True)
-        reason = self._finish_reason(sequence, token)
+        reason = _finish_reason(sequence, token)
         if reason is None:
             outputs.append(_report(sequence))
         else:
             self._end(sequence, reason, outputs)
-
-    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        params = sequence.request.sampling
-        ends = token in params.stop_token_ids or (
-            token in self.model.eos_ids and not params.ignore_eos
-        )
-        if ends:
-            sequence.stop_token = token
-            return "stop"
-        if sequence.grammar is not None and sequence.grammar.is_stopped:
-            return "stop"
-        full = len(sequence.tokens) >= self.context_length
-        if full or sequence.num_generated >= sequence.max_tokens:
-            return "length"
-        return None
 
     def _expire(self, now: float) -> list[Output]:
         outputs: list[Output] = []
@@ -349,6 +335,16 @@ class Engine:
         if all(s.finish_reason is not None for s in siblings):
             del self._requests[sequence.request.id]
             self.outcomes[_outcome(siblings)] += 1
+
+
+def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:
+    """Whether the token just appended ends the sequence, and how."""
+    if token in sequence.stop_ids:
+        sequence.stop_token = token
+        return "stop"
+    if sequence.grammar is not None and sequence.grammar.is_stopped:
+        return "stop"
+    return "length" if len(sequence.tokens) >= sequence.end else None
 
 
 def _report(sequence: Sequence) -> Output:

@@ -67,11 +67,11 @@ class SequencePages:
         sequence.pages.extend(self.allocator.alloc() for _ in range(missing))
         return True
 
-    def seal(self, sequence: Sequence) -> int:
+    def seal(self, sequence: Sequence) -> bool:
         """Offer newly full pages to the prefix tree.
 
         Returns:
-            The first index of ``sequence.pages`` that may have changed.
+            Whether there were any: ``sequence.pages`` may have changed from ``num_sealed`` on.
         """
         size = self._page_size
         first = sequence.num_sealed
@@ -83,7 +83,7 @@ class SequencePages:
             sequence.node = self.tree.seal(sequence.node, tokens, sequence.pages[i])
             sequence.pages[i] = sequence.node.page
             sequence.num_sealed = i + 1
-        return first
+        return sequence.num_sealed > first
 
     def release(self, sequence: Sequence) -> None:
         """Give every page back; what is sealed stays findable in the prefix tree."""

@@ -27,6 +27,8 @@ class Sequence:
         num_computed: leading tokens whose KV is in ``pages``.
         node: cursor into the prefix tree after ``num_sealed`` sealed pages.
         slot: row of the step's page table while running, else -1.
+        stop_ids: tokens that end the sequence.
+        end: number of tokens at which it is full.
         sent: tokens already reported to the front end.
     """
 
@@ -36,7 +38,8 @@ class Sequence:
     tokens: list[int]
     sampler: SamplerState
     grammar: GrammarState | None
-    max_tokens: int
+    stop_ids: frozenset[int]
+    end: int
     submitted_s: float
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)

@@ -87,7 +87,9 @@ class StepRunner:
         result.model_s = time.perf_counter() - began
         for sequence, num_rows in ran:
             sequence.num_computed += num_rows
-            self._layout.write_pages(sequence, self._pages.seal(sequence))
+            first = sequence.num_sealed
+            if self._pages.seal(sequence):
+                self._layout.write_pages(sequence, first)
         if complete:
             result.choices = _choose(logits, complete)
         return result

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from coppice.server.config import ServerConfig
@@ -40,8 +41,8 @@ def run(
         engine_command: another engine program; it is given ``--socket PATH``.
     """
     from coppice.errors import CoppiceError
-    from coppice.server.lifecycle import Server, report
-    from coppice.server.tokenizing import tokenizer_of
+    from coppice.server.engine_client import AsyncEngine
+    from coppice.server.keys import KeyRing
 
     command = engine_command or (
         sys.executable,
@@ -52,9 +53,17 @@ def run(
     )
 
     async def serve() -> int:
-        return await Server(server_config, command, lambda: tokenizer_of(engine_config)).run()
+        keys = KeyRing.from_config(server_config)
+        engine = AsyncEngine(command)
+        engine.begin()
+        # The HTTP libraries take the better part of a second to import; the engine loads
+        # its own meanwhile.
+        lifecycle = await asyncio.to_thread(import_module, "coppice.server.lifecycle")
+        exit_code: int = await lifecycle.Server(server_config, keys, engine, engine_config).run()
+        return exit_code
 
     try:
         return asyncio.run(serve())
     except CoppiceError as error:
-        return report(error)
+        print(f"coppice: {error.message} [{error.code}]", file=sys.stderr, flush=True)
+        return error.exit_code

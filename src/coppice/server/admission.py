@@ -35,6 +35,9 @@ class Load:
         self.pages += sign * other.pages
 
 
+_SMALLEST = Load(sequences=1)
+
+
 class Permit:
     """A place inside; give it back with `release`, once or more."""
 
@@ -93,6 +96,10 @@ class Admission:
         self._check_sequences(tenant, load, share)
         self._check_waiting(load)
         self._check_pages(load)
+
+    def require_place(self, tenant: str, *, share: float = 1.0) -> None:
+        """Raise `CapacityError` when not even the smallest call would be let in."""
+        self._check_sequences(tenant, _SMALLEST, share)
 
     def take(self, tenant: str, load: Load) -> None:
         """Count a load that was checked."""

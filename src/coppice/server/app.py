@@ -10,6 +10,8 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 import coppice
+from coppice.server.document import install_document
+from coppice.server.early import EarlyRefusal
 from coppice.server.errors import install_handlers
 from coppice.server.guard import Guard, RequestIds
 from coppice.server.limits import BodyLimits
@@ -34,6 +36,7 @@ def build_app(services: Services) -> FastAPI:
         version=coppice.__version__,
         docs_url=None,
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
         middleware=[
             Middleware(RequestIds, metrics=services.metrics),
             Middleware(
@@ -42,6 +45,7 @@ def build_app(services: Services) -> FastAPI:
                 keys=services.keys,
                 public_prefix=PAGE_PREFIX if page else None,
             ),
+            Middleware(EarlyRefusal, services=services),
             Middleware(BodyLimits, config=services.config),
         ],
     )
@@ -49,6 +53,7 @@ def build_app(services: Services) -> FastAPI:
     install_handlers(app)
     for room in (chat, completions, models, text, health, operate):
         app.include_router(room.router)
+    install_document(app, services)
     if page is not None:
         _mount_page(app, page)
     return app

@@ -21,12 +21,22 @@ from coppice.engine.messages import (
     Submit,
 )
 from coppice.engine.request import Request
-from coppice.errors import CapacityError, CoppiceError, EngineDeadError
+from coppice.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    CoppiceError,
+    EngineDeadError,
+    UnsupportedModelError,
+)
 from coppice.server.engine_process import EngineProcess
 
 log = logging.getLogger("coppice.server.engine")
 
 State = Literal["loading", "ready", "restarting", "failed", "stopped"]
+_OPERATORS_FAULT = frozenset(
+    error.code for error in (ConfigError, CheckpointError, UnsupportedModelError)
+)
 BACKOFF_FIRST_S, BACKOFF_LAST_S, HEALTHY_S = 0.5, 30.0, 60.0
 
 
@@ -81,14 +91,18 @@ class AsyncEngine:
         """Process id of the engine, if one runs."""
         return self._process.pid if self._process else None
 
-    async def start(self) -> ModelFacts:
-        """Start the engine and wait until its model is loaded.
-
-        Raises:
-            CoppiceError: it ended before that; the code and message are its own.
-        """
+    def begin(self) -> None:
+        """Start the engine; `ready` tells when its model is loaded."""
         self._first_ready = asyncio.get_running_loop().create_future()
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
+
+    async def ready(self) -> ModelFacts:
+        """Wait until the model is loaded for the first time.
+
+        Raises:
+            CoppiceError: the engine ended before that; the code and message are its own.
+        """
+        assert self._first_ready is not None
         return await asyncio.shield(self._first_ready)
 
     def submit(self, request: Request, queue: asyncio.Queue[Output]) -> None:
@@ -183,6 +197,8 @@ class AsyncEngine:
             status = await process.close(grace_s=1.0)
         finally:
             process.kill()
+        if process.fatal is not None and process.fatal.code in _OPERATORS_FAULT:
+            return ConfigError(process.fatal.message, code=process.fatal.code)
         if process.fatal is not None:
             return EngineDeadError(process.fatal.message, code=process.fatal.code)
         return EngineDeadError(f"The engine process died (status {status}).")

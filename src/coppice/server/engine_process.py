@@ -21,6 +21,7 @@ from coppice.engine.messages import (
 from coppice.errors import EngineDeadError
 
 MAX_FRAME_BYTES = 64 << 20
+HEAD_BYTES, READ_BYTES = 4, 256 << 10
 
 
 class EngineProcess:
@@ -91,15 +92,24 @@ class EngineProcess:
 
     async def messages(self) -> AsyncIterator[FromEngine]:
         """Yield messages until the engine closes its end."""
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                size = int.from_bytes(await self._reader.readexactly(4), "little")
-                if size > MAX_FRAME_BYTES:
-                    return
-                message = decode_from_engine(await self._reader.readexactly(size))
-                if isinstance(message, Fatal):
-                    self.fatal = message
-                yield message
+        buffer = bytearray()
+        with contextlib.suppress(ConnectionError):
+            while data := await self._reader.read(READ_BYTES):
+                buffer += data
+                start = 0
+                while len(buffer) - start >= HEAD_BYTES:
+                    end = start + HEAD_BYTES
+                    end += int.from_bytes(buffer[start:end], "little")
+                    if end - start > MAX_FRAME_BYTES:
+                        return
+                    if end > len(buffer):
+                        break
+                    message = decode_from_engine(bytes(buffer[start + HEAD_BYTES : end]))
+                    start = end
+                    if isinstance(message, Fatal):
+                        self.fatal = message
+                    yield message
+                del buffer[:start]
 
     async def close(self, grace_s: float = 5.0) -> int:
         """Ask it to leave, then terminate, then kill. Returns the exit status."""

@@ -95,7 +95,9 @@ def install_handlers(app: FastAPI) -> None:
 
     def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, StarletteHTTPException)
-        return error_reply(_from_http(request, error), request_id_of(request.scope))
+        reply = error_reply(_from_http(request, error), request_id_of(request.scope))
+        reply.headers.update(error.headers or {})  # Allow, on a 405
+        return reply
 
     def unexpected(request: Request, error: Exception) -> Response:
         # The text of a foreign exception may tell too much; it goes to the log only.

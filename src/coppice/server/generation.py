@@ -201,6 +201,8 @@ class Generation:
             EngineError: a choice failed; the others were cancelled.
         """
         open_choices = set(self._choices)
+        left = max(0.0, self._deadline + GRACE_S - time.monotonic())
+        timer = asyncio.get_running_loop().call_later(left, self._expire)
         try:
             while open_choices:
                 batch: dict[int, Delta] = {}
@@ -213,6 +215,7 @@ class Generation:
                 if batch:
                     yield [batch[index] for index in sorted(batch)]
         finally:
+            timer.cancel()
             self.abandon()
 
     def _take(self, output: Output, batch: dict[int, Delta]) -> None:
@@ -235,21 +238,18 @@ class Generation:
             known.stop_reason = delta.stop_reason
 
     async def _next_outputs(self) -> list[Output]:
-        remaining = self._deadline + GRACE_S - time.monotonic()
-        try:
-            # NOTE: not wait_for, which in Python 3.11 loses a cancellation that comes together
-            # with an output, so that a client's leaving went unnoticed.
-            async with asyncio.timeout(max(remaining, 0.0)):
-                outputs = [await self._queue.get()]
-        except TimeoutError:
-            self.cancel("expired")
-            return [
-                Output(request_id=request_id, index=number, finish_reason="expired")
-                for request_id, number in self._choices
-            ]
+        outputs = [await self._queue.get()]
         while not self._queue.empty():
             outputs.append(self._queue.get_nowait())
         return outputs
+
+    def _expire(self) -> None:
+        """The engine did not end the call in time; end it here."""
+        self.cancel("expired")
+        for request_id, number in self._choices:
+            self._queue.put_nowait(
+                Output(request_id=request_id, index=number, finish_reason="expired")
+            )
 
 
 def _failure(output: Output) -> CoppiceError:

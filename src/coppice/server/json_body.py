@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -16,6 +17,8 @@ from coppice.server.errors import BodyProblem
 
 MAX_DEPTH = 64
 MAX_NUMBER_CHARS = 40
+MAX_CONTAINERS = 200_000
+SHORT_BYTES = 64 << 10
 
 # Possessive, and an unclosed string runs to the end: linear time and no backtracking stack.
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
@@ -28,7 +31,8 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 def parse_json(body: bytes) -> Any:
     """Parse a JSON document, refusing what a later layer might choke on.
 
-    Refused: other encodings than UTF-8, a byte-order mark, nesting over `MAX_DEPTH`,
+    Refused: other encodings than UTF-8, a byte-order mark, nesting over `MAX_DEPTH`, more
+    than `MAX_CONTAINERS` lists and objects,
     numbers over `MAX_NUMBER_CHARS` characters or out of range, NaN and infinities, names
     that occur twice in one object, and lone surrogates.
 
@@ -68,6 +72,10 @@ def _check_depth(bare: bytes) -> None:
     # does not cancel is malformed, and the parser says so better; but a long run of opening
     # brackets must not reach its recursion.
     brackets = bare.translate(_TO_BRACKETS, _NOT_BRACKETS)
+    if len(brackets) > 2 * MAX_CONTAINERS:
+        _refuse(f"The body holds more than {MAX_CONTAINERS} lists and objects.")
+    if b"[" * (MAX_DEPTH + 1) in brackets:
+        _refuse(f"The body is nested deeper than {MAX_DEPTH}.")
     for _ in range(MAX_DEPTH):
         shorter = brackets.replace(b"[]", b"")
         if len(shorter) == len(brackets):
@@ -120,7 +128,10 @@ class BoundedRequest(Request):
     async def json(self) -> Any:
         """Parse the body; see `parse_json`."""
         try:
-            return parse_json(await self.body())
+            body = await self.body()
+            if len(body) <= SHORT_BYTES:
+                return parse_json(body)
+            return await asyncio.to_thread(parse_json, body)
         except RequestError as error:
             raise BodyProblem(error) from None
 

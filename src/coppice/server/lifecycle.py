@@ -7,13 +7,12 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator
 
 import uvicorn
 
+from coppice.engine.config import EngineConfig
 from coppice.errors import ConfigError, CoppiceError
-from coppice.models.tokenizer import Tokenizer
 from coppice.server.admission import Admission
 from coppice.server.app import build_app
 from coppice.server.calls import Calls
@@ -25,9 +24,26 @@ from coppice.server.ledger import Ledger
 from coppice.server.metrics import Metrics
 from coppice.server.services import Services
 from coppice.server.text import TextService
+from coppice.server.tokenizing import tokenizer_of
 
 log = logging.getLogger("coppice.server")
 CLOSE_GRACE_S = 5.0
+
+
+def make_services(config: ServerConfig, keys: KeyRing, engine: AsyncEngine) -> Services:
+    """The parts of a server around an engine."""
+    metrics = Metrics(vllm_names=config.metrics_names == "vllm")
+    services = Services(
+        config=config,
+        engine=engine,
+        keys=keys,
+        ledger=Ledger(),
+        admission=Admission(config, engine),
+        calls=Calls(metrics),
+        metrics=metrics,
+    )
+    metrics.bind(services)
+    return services
 
 
 class _Http(uvicorn.Server):
@@ -43,30 +59,21 @@ class Server:
 
     Args:
         config: where to listen and so on.
-        command: the engine's command line.
-        load_tokenizer: run in a thread while the engine loads.
+        keys: who may ask.
+        engine: begun already, so that it loads while this module is imported.
+        engine_config: names the model whose tokenizer is loaded beside the engine.
     """
 
     def __init__(
         self,
         config: ServerConfig,
-        command: Sequence[str],
-        load_tokenizer: Callable[[], Tokenizer],
+        keys: KeyRing,
+        engine: AsyncEngine,
+        engine_config: EngineConfig,
     ) -> None:
         self._config = config
-        self._load_tokenizer = load_tokenizer
-        engine = AsyncEngine(command)
-        metrics = Metrics(vllm_names=config.metrics_names == "vllm")
-        self.services = Services(
-            config=config,
-            engine=engine,
-            keys=KeyRing.from_config(config),
-            ledger=Ledger(),
-            admission=Admission(config, engine),
-            calls=Calls(metrics),
-            metrics=metrics,
-        )
-        metrics.bind(self.services)
+        self._engine_config = engine_config
+        self.services = make_services(config, keys, engine)
         self._signals: asyncio.Queue[int] = asyncio.Queue()
         self._forced = asyncio.Event()
 
@@ -76,7 +83,11 @@ class Server:
         Raises:
             CoppiceError: the model could not be loaded, or the address cannot be had.
         """
-        listener = _listen(self._config)
+        try:
+            listener = _listen(self._config)
+        except ConfigError:
+            self.services.engine.kill()
+            raise
         http = _Http(self._uvicorn_config())
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -114,9 +125,11 @@ class Server:
         return True
 
     async def _load_both(self) -> None:
-        tokenizer_loaded = asyncio.get_running_loop().run_in_executor(None, self._load_tokenizer)
+        tokenizer_loaded = asyncio.get_running_loop().run_in_executor(
+            None, tokenizer_of, self._engine_config
+        )
         try:
-            facts = await self.services.engine.start()
+            facts = await self.services.engine.ready()
         finally:
             await _settled(tokenizer_loaded)
         tokenizer = await tokenizer_loaded
@@ -198,7 +211,9 @@ async def _settled(future: Awaitable[object]) -> None:
 def _listen(config: ServerConfig) -> socket.socket:
 
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # NOTE: the protocol must be named; asyncio sets TCP_NODELAY only where it is, and without
+    # it every reply waits 40 ms for the client's delayed acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host.strip("[]"), config.port))
@@ -211,9 +226,3 @@ def _listen(config: ServerConfig) -> socket.socket:
         ) from error
     listener.setblocking(False)
     return listener
-
-
-def report(error: CoppiceError) -> int:
-    """Say on stderr why the server did not start; returns the exit code."""
-    print(f"coppice: {error.message} [{error.code}]", file=sys.stderr, flush=True)
-    return error.exit_code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -57,51 +58,57 @@ class EventStream(Response):
         self._events = events
         self._ping_s = ping_s
         self._slow_reader_s = slow_reader_s
+        self._writing_since: float | None = None
+        self._written = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the stream (ASGI)."""
         pump = asyncio.create_task(self._pump(send))
-        left = asyncio.create_task(client_leaves(receive))
+        others = {
+            asyncio.create_task(client_leaves(receive)),
+            asyncio.create_task(self._watch(send)),
+        }
         try:
-            await asyncio.wait({pump, left}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({pump, *others}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            left.cancel()
+            for task in others:
+                task.cancel()
             if not pump.done():
                 pump.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await pump
 
     async def _pump(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
-        following: asyncio.Task[bytes | None] | None = None
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            while True:
-                following = following or asyncio.ensure_future(_next(self._events))
-                done, _ = await asyncio.wait({following}, timeout=self._ping_s)
-                chunk: bytes | None = PING
-                if done:
-                    chunk, following = following.result(), None
-                if chunk is None:
-                    break
-                async with asyncio.timeout(self._slow_reader_s):
-                    await self._write(send, chunk)
+            async for chunk in self._events:
+                await self._write(send, chunk)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except TimeoutError:
-            return  # a reader that stands still; uvicorn closes the unfinished reply
         finally:
-            if following is not None and not following.done():
-                following.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await following
             await self._events.aclose()
 
+    async def _watch(self, send: Send) -> None:
+        """Break silences; return when the reader has stood still for too long.
+
+        One timer per stream, not one per event, which would cost more than the event.
+        """
+        while True:
+            now = time.monotonic()
+            if self._writing_since is not None:
+                left = self._writing_since + self._slow_reader_s - now
+                if left <= 0:
+                    return  # uvicorn closes the unfinished reply
+                await asyncio.sleep(min(left, 1.0))
+            elif now - self._written < self._ping_s:
+                await asyncio.sleep(min(self._written + self._ping_s - now, 1.0))
+            else:
+                await self._write(send, PING)
+
     async def _write(self, send: Send, chunk: bytes) -> None:
+        self._writing_since = time.monotonic()
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
-
-
-async def _next(events: AsyncGenerator[bytes, None]) -> bytes | None:
-    return await anext(events, None)
+        self._writing_since = None
+        self._written = time.monotonic()
 
 
 async def client_leaves(receive: Receive) -> None:

@@ -8,7 +8,7 @@ from coppice.models.tokenizer import Tokenizer
 
 
 def tokenizer_of(config: EngineConfig) -> Tokenizer:
-    """The tokenizer of the engine's model.
+    """The tokenizer of the engine's model, without torch.
 
     Raises:
         CheckpointError: it is missing or malformed.

@@ -7,7 +7,12 @@ from coppice import kernels
 
 def pytest_generate_tests(metafunc):
     if "native" in metafunc.fixturenames:
-        metafunc.parametrize("native", kernels.available_isas() or ["none"], indirect=True)
+        best, *others = kernels.available_isas() or ["none"]
+        # On every change: the best everywhere, the others where bits are compared.
+        bits = any(word in metafunc.function.__name__ for word in ("same", "agree", "change"))
+        marks = [] if bits else [pytest.mark.slow]
+        sets = [best, *(pytest.param(name, marks=marks) for name in others)]
+        metafunc.parametrize("native", sets, indirect=True)
 
 
 @pytest.fixture

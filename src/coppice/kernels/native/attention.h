@@ -57,39 +57,57 @@ static Work lay_out(const AttentionArgs& a, int64_t queries, float* scratch) {
 
 typedef float f4 __attribute__((vector_size(16)));
 typedef int32_t i4 __attribute__((vector_size(16)));
-typedef uint32_t u4 __attribute__((vector_size(16)));
+typedef uint16_t s8 __attribute__((vector_size(16)));
+typedef uint32_t u8 __attribute__((vector_size(32)));
 
-COPPICE_INLINE f4 load4(const float* p) {
-  f4 r;
-  memcpy(&r, p, 16);
-  return r;
-}
-COPPICE_INLINE f4 load4(const bf16* p) {
-  typedef uint16_t s4 __attribute__((vector_size(8)));
-  s4 half;
-  memcpy(&half, p, 8);
-  return (f4)(__builtin_convertvector(half, u4) << 16);
-}
+// Dims j .. j + STEP of keys i .. i + STEP, turned to rows of keys in the panel.
+constexpr int64_t step_of(const float*) { return 4; }
+constexpr int64_t step_of(const bf16*) { return 8; }
 
-// Four keys' dims j .. j+3 to four rows of four keys.
-template <class T>
-COPPICE_INLINE void transpose4(const T* const* key, int64_t j, float* to) {
-  const f4 a = load4(key[0] + j), b = load4(key[1] + j);
-  const f4 c = load4(key[2] + j), d = load4(key[3] + j);
+COPPICE_INLINE void turn(const float* const* key, int64_t j, float* to) {
+  f4 k[4];
+  for (int i = 0; i < 4; ++i) memcpy(&k[i], key[i] + j, 16);
   const i4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, left = {0, 1, 4, 5}, right = {2, 3, 6, 7};
-  const f4 ab0 = __builtin_shuffle(a, b, low), ab1 = __builtin_shuffle(a, b, high);
-  const f4 cd0 = __builtin_shuffle(c, d, low), cd1 = __builtin_shuffle(c, d, high);
+  const f4 ab0 = __builtin_shuffle(k[0], k[1], low), ab1 = __builtin_shuffle(k[0], k[1], high);
+  const f4 cd0 = __builtin_shuffle(k[2], k[3], low), cd1 = __builtin_shuffle(k[2], k[3], high);
   const f4 rows[4] = {__builtin_shuffle(ab0, cd0, left), __builtin_shuffle(ab0, cd0, right),
                       __builtin_shuffle(ab1, cd1, left), __builtin_shuffle(ab1, cd1, right)};
   for (int i = 0; i < 4; ++i) memcpy(to + 16 * i, &rows[i], 16);
 }
 
+// Three rounds of interleaving: single values, then pairs, then fours.
+COPPICE_INLINE void turn(const bf16* const* key, int64_t j, float* to) {
+  const s8 low1 = {0, 8, 1, 9, 2, 10, 3, 11}, high1 = {4, 12, 5, 13, 6, 14, 7, 15};
+  const s8 low2 = {0, 1, 8, 9, 2, 3, 10, 11}, high2 = {4, 5, 12, 13, 6, 7, 14, 15};
+  const s8 low4 = {0, 1, 2, 3, 8, 9, 10, 11}, high4 = {4, 5, 6, 7, 12, 13, 14, 15};
+  s8 a[8], b[8];
+  for (int i = 0; i < 8; ++i) memcpy(&a[i], key[i] + j, 16);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = __builtin_shuffle(a[i], a[i + 1], low1);       // dims 0-3 of two keys
+    b[i + 1] = __builtin_shuffle(a[i], a[i + 1], high1);  // dims 4-7
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      a[i + 2 * h] = __builtin_shuffle(b[i + h], b[i + h + 2], low2);  // two dims of four keys
+      a[i + 2 * h + 1] = __builtin_shuffle(b[i + h], b[i + h + 2], high2);
+    }
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = __builtin_shuffle(a[i], a[i + 4], low4);
+    b[2 * i + 1] = __builtin_shuffle(a[i], a[i + 4], high4);
+  }
+  for (int i = 0; i < 8; ++i) {
+    const u8 row = __builtin_convertvector(b[i], u8) << 16;
+    memcpy(to + 16 * i, &row, 32);
+  }
+}
+
 // Sixteen keys as a panel [d][16].
 template <class T>
 COPPICE_INLINE void key_panel(const T* const* key, int64_t d, float* panel) {
+  constexpr int64_t STEP = step_of(static_cast<const T*>(nullptr));
   int64_t j = 0;
-  for (; j + 4 <= d; j += 4)
-    for (int i = 0; i < 16; i += 4) transpose4(key + i, j, panel + 16 * j + i);
+  for (; j + STEP <= d; j += STEP)
+    for (int64_t i = 0; i < 16; i += STEP) turn(key + i, j, panel + 16 * j + i);
   for (; j < d; ++j)
     for (int i = 0; i < 16; ++i) panel[16 * j + i] = to_float(key[i][j]);
 }
@@ -123,6 +141,25 @@ static void load_block(const AttentionArgs& a, const Work& w, int32_t sequence, 
   for (int64_t i = count; i < whole; ++i)
     for (int64_t j = 0; j < w.padded; j += 16)
       store16(w.values + j * KEY_BLOCK + 16 * i, splat(0.0f));
+}
+
+// Query vectors times panels side by side. One or a few vectors alone would wait for each
+// multiply-add to finish before the next, so they take several panels at once.
+COPPICE_INLINE void multiply_panels(int64_t rows, const float* x, int64_t x_stride,
+                                    const float* w, int64_t panel_stride, int64_t panels,
+                                    int64_t k, float* out, int64_t out_stride, bool resume) {
+  int64_t p = 0;
+  if (rows == 1)
+    for (; p + 4 <= panels; p += 4)
+      multiply_tile<1, 4, float>(x, x_stride, w + p * panel_stride, panel_stride, k,
+                                 out + 16 * p, out_stride, resume);
+  if (rows <= 3)
+    for (; p + 2 <= panels; p += 2)
+      multiply_rows<2, float, 3>(rows, x, x_stride, w + p * panel_stride, panel_stride, k,
+                                 out + 16 * p, out_stride, resume);
+  for (; p < panels; ++p)
+    multiply_all<1, float>(rows, x, x_stride, w + p * panel_stride, 0, k, out + 16 * p,
+                           out_stride, resume);
 }
 
 // Logits to weights for one query vector; `last` is the row's own logical index.
@@ -176,13 +213,11 @@ static void attend_block(const AttentionArgs& a, const Work& w, int32_t sequence
   load_block<T>(a, w, sequence, head, begin, end - begin, slots);
   const int64_t subs = (end - begin + 15) / 16;
   float* scores = w.scores + from * KEY_BLOCK;
-  for (int64_t b = 0; b < subs; ++b)
-    multiply_all<1, float>(count, w.q + from * w.d, w.d, w.keys + b * 16 * w.d, 0, w.d,
-                           scores + 16 * b, KEY_BLOCK, false);
+  multiply_panels(count, w.q + from * w.d, w.d, w.keys, 16 * w.d, subs, w.d, scores, KEY_BLOCK,
+                  false);
   for (int64_t i = 0; i < count; ++i) weigh(a, w, from + i, begin, subs, index[i / heads]);
-  for (int64_t j = 0; j < w.padded; j += 16)
-    multiply_all<1, float>(count, scores, KEY_BLOCK, w.values + j * KEY_BLOCK, 0, 16 * subs,
-                           w.out + from * w.padded + j, w.padded, true);
+  multiply_panels(count, scores, KEY_BLOCK, w.values, 16 * KEY_BLOCK, w.padded / 16, 16 * subs,
+                  w.out + from * w.padded, w.padded, true);
 }
 
 // A tree row's own part: keys from the block its prefix ends in, through its slot list.

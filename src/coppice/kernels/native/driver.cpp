@@ -21,6 +21,9 @@ std::vector<const Table*> tables() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     found.push_back(avx512_table());
   if (avx2) found.push_back(avx2_table());
+#if defined(COPPICE_WIDE)
+  if (avx2) found.push_back(wide_table());
+#endif
 #endif
   found.push_back(portable_table());
   return found;

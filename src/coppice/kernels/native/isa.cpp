@@ -31,7 +31,7 @@ static float fma_probe(int64_t rounds) {
 }
 
 static const Table table = {
-    COPPICE_ISA_NAME, W,    ROWS, ROW_BLOCK, LINEAR_FLOATS * 4, attention_bytes,
+    COPPICE_ISA_NAME, W,    FEW_ROWS, ROW_BLOCK, LINEAR_FLOATS * 4, attention_bytes,
     linear,           pack, unpack, gather,  norm,              gate,
     rope,             attention, read_probe, fma_probe, &sampler_table,
 };

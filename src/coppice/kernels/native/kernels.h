@@ -114,5 +114,6 @@ constexpr int64_t KEY_BLOCK = 64;     // keys per softmax block, counted from lo
 const Table* portable_table();
 const Table* avx2_table();
 const Table* avx512_table();
+const Table* wide_table();  // AVX-512's shapes on AVX2, in test builds
 
 }  // namespace coppice

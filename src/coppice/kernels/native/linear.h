@@ -15,10 +15,13 @@ namespace COPPICE_ISA {
 
 // Rows of a register tile: as many accumulators as the registers hold.
 constexpr int ROWS = W == 16 ? 12 : W == 8 ? 6 : 3;
+constexpr int REGISTERS = W == 16 ? 32 : 16;
 constexpr int WIDE = W == 16 ? 2 : 1;  // panels beside each other in the blocked path
-constexpr int64_t K_BLOCK = 256;       // one expanded panel block is 16 KiB: half of L1
+constexpr int FEW_ROWS = 2 * ROWS;     // up to here weights go straight from memory to use
+// Of k at a time: a panel block is 16 KiB, half of L1, in bfloat16 or (AVX-512) expanded.
+constexpr int64_t K_BLOCK = W == 16 ? 256 : 512;
 constexpr int64_t X_STRIDE = K_BLOCK + 16;  // off powers of two, or rows share cache sets
-constexpr int64_t ROW_BLOCK = 96;           // 100 KiB of x rows stay in L2
+constexpr int64_t ROW_BLOCK = 96;           // these rows of x stay in L2
 
 // Panels one register tile of R rows spans when weights are read once (few rows).
 constexpr int panels_for(int rows) {
@@ -32,6 +35,9 @@ template <int R, int B, class T>
 COPPICE_INLINE void multiply(const float* __restrict x, int64_t x_stride,
                              const T* __restrict w, int64_t panel_stride, int64_t k,
                              float* __restrict out, int64_t out_stride, bool resume) {
+  constexpr bool FULL = R * B * NV + R + 3 > REGISTERS;
+  // Between the bandwidth-bound and the arithmetic-bound ends the hardware fetches too late.
+  constexpr bool AHEAD = R >= (sizeof(T) == 2 ? 2 : 4);
   V16 acc[R][B];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -39,14 +45,17 @@ COPPICE_INLINE void multiply(const float* __restrict x, int64_t x_stride,
     for (int b = 0; b < B; ++b)
       acc[r][b] = resume ? load16(out + r * out_stride + 16 * b) : splat(0.0f);
   for (int64_t j = 0; j < k; ++j) {
-    V16 panel[B];
 #pragma GCC unroll 8
-    for (int b = 0; b < B; ++b) panel[b] = load_packed(w + b * panel_stride + 16 * j);
+    for (int b = 0; b < B; ++b) {
+      const T* place = w + b * panel_stride + 16 * j;
+      const V16 panel = load_packed(place);
+      if (AHEAD) __builtin_prefetch(reinterpret_cast<const char*>(place) + 2048);
+      // Where accumulators fill the registers, x values are loaded anew for each panel: the
+      // compiler would rather keep them and spill.
+      if (FULL) asm("" : "+r"(x));
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const V16 value = splat(x[r * x_stride + j]);
-#pragma GCC unroll 8
-      for (int b = 0; b < B; ++b) acc[r][b] = fma(value, panel[b], acc[r][b]);
+      for (int r = 0; r < R; ++r)
+        acc[r][b] = fma(splat(x[r * x_stride + j]), panel, acc[r][b]);
     }
   }
 #pragma GCC unroll 16
@@ -123,51 +132,60 @@ static void few_rows(const LinearArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// Two tiles of rows: the second finds the panel in L2.
+template <class T>
+static void two_tiles(const LinearArgs& a, int64_t begin, int64_t end) {
+  const T* w = static_cast<const T*>(a.weight);
+  float tile[2 * ROWS * 16];
+  for (int64_t p = begin; p < end; ++p) {
+    multiply_all<1, T>(a.rows, a.x, a.k, w + p * a.k * 16, 0, a.k, tile, 16, false);
+    finish(a, tile, 16, 0, a.rows, p);
+  }
+}
+
 template <class T, int R = ROWS>
 static void few_rows_any(const LinearArgs& a, int64_t begin, int64_t end) {
+  if (a.rows > ROWS) return two_tiles<T>(a, begin, end);
   if constexpr (R > 1) {
     if (a.rows < R) return few_rows_any<T, R - 1>(a, begin, end);
   }
   few_rows<R, T>(a, begin, end);
 }
 
-// The block [k0, k0 + kc) of a panel as float32: in place if it is stored so.
-COPPICE_INLINE const float* expand(const float* w, int64_t, float*) { return w; }
-COPPICE_INLINE const float* expand(const bf16* w, int64_t kc, float* scratch) {
-  for (int64_t j = 0; j < kc; ++j) store16(scratch + 16 * j, load_packed(w + 16 * j));
-  return scratch;
+// One block of k for all rows of a task and B panels side by side. On AVX-512 a bfloat16
+// block is first unfolded to float32: there unfolding competes with the multipliers.
+template <int B, class T>
+static void panel_block(int64_t rows, const float* x, const T* w, int64_t panel_stride,
+                        int64_t kc, float* scratch, float* out, bool resume) {
+  if constexpr (W == 16 && sizeof(T) == 2) {
+    for (int b = 0; b < B; ++b)
+      for (int64_t j = 0; j < kc; ++j)
+        store16(scratch + (b * kc + j) * 16, load_packed(w + b * panel_stride + 16 * j));
+    multiply_all<B, float>(rows, x, X_STRIDE, scratch, kc * 16, kc, out, WIDE * 16, resume);
+  } else {
+    multiply_all<B, T>(rows, x, X_STRIDE, w, panel_stride, kc, out, WIDE * 16, resume);
+  }
 }
 
-// Many rows: x rows rest in L2, one expanded panel block in L1, sums in scratch.
+// Many rows: x rows rest in L2, one panel block in L1, sums in scratch.
 template <class T>
 static void many_rows(const LinearArgs& a, int64_t row, int64_t rows, int64_t begin, int64_t end,
                       float* scratch) {
-  float* x = scratch;                          // [ROW_BLOCK][X_STRIDE]
-  float* panel = x + ROW_BLOCK * X_STRIDE;     // [WIDE][K_BLOCK][16]
-  float* sums = panel + WIDE * K_BLOCK * 16;   // [panels / WIDE][ROW_BLOCK][WIDE * 16]
-  const T* w = static_cast<const T*>(a.weight);
+  float* x = scratch;                         // [ROW_BLOCK][X_STRIDE]
+  float* panel = x + ROW_BLOCK * X_STRIDE;    // [WIDE][K_BLOCK][16]
+  float* sums = panel + WIDE * K_BLOCK * 16;  // [panels / WIDE][ROW_BLOCK][WIDE * 16]
+  const T* weight = static_cast<const T*>(a.weight);
   for (int64_t k0 = 0; k0 < a.k; k0 += K_BLOCK) {
     const int64_t kc = min64(K_BLOCK, a.k - k0);
     for (int64_t r = 0; r < rows; ++r)
       memcpy(x + r * X_STRIDE, a.x + (row + r) * a.k + k0, kc * sizeof(float));
     for (int64_t p = begin; p < end; p += WIDE) {
-      const int64_t wide = min64(WIDE, end - p);
       float* out = sums + (p - begin) * ROW_BLOCK * 16;
-      const T* first = w + (p * a.k + k0) * 16;
-      if (wide == WIDE && WIDE > 1) {
-        const float* ready = nullptr;
-        int64_t stride = a.k * 16;
-        for (int64_t b = WIDE - 1; b >= 0; --b)
-          ready = expand(first + b * a.k * 16, kc, panel + b * kc * 16);
-        if (ready == panel) stride = kc * 16;
-        multiply_all<WIDE, float>(rows, x, X_STRIDE, ready, stride, kc, out, WIDE * 16, k0 > 0);
-      } else {
-        for (int64_t b = 0; b < wide; ++b) {
-          const float* ready = expand(first + b * a.k * 16, kc, panel);
-          multiply_all<1, float>(rows, x, X_STRIDE, ready, 0, kc, out + 16 * b, WIDE * 16,
-                                 k0 > 0);
-        }
-      }
+      const T* w = weight + (p * a.k + k0) * 16;
+      if (end - p >= WIDE)
+        panel_block<WIDE, T>(rows, x, w, a.k * 16, kc, panel, out, k0 > 0);
+      else
+        panel_block<1, T>(rows, x, w, a.k * 16, kc, panel, out, k0 > 0);
     }
   }
   for (int64_t p = begin; p < end; ++p) {
@@ -184,7 +202,7 @@ static void linear(const LinearArgs& a, int64_t task, float* scratch) {
   const int64_t panels = (a.n + 15) / 16;
   const int64_t begin = task % a.panel_groups * a.panels_per_task;
   const int64_t end = min64(panels, begin + a.panels_per_task);
-  if (a.rows <= ROWS) {
+  if (a.rows <= FEW_ROWS) {
     if (a.is_bf16) return few_rows_any<bf16>(a, begin, end);
     return few_rows_any<float>(a, begin, end);
   }

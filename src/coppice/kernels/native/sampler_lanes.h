@@ -31,9 +31,9 @@ COPPICE_INLINE V16 scaled(const Logits& in, int64_t i) {
 COPPICE_INLINE bool any(vi mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(COPPICE_WIDE)
   return _mm256_movemask_ps((__m256)mask) != 0;
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(COPPICE_WIDE)
   return _mm_movemask_ps((__m128)mask) != 0;
 #else
   int32_t all = 0;
@@ -184,9 +184,9 @@ typedef uint64_t vq __attribute__((vector_size(4 * W)));
 COPPICE_INLINE vq multiply_even(vu a, uint32_t m) {
 #if defined(__AVX512F__)
   return (vq)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32((int)m));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(COPPICE_WIDE)
   return (vq)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32((int)m));
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(COPPICE_WIDE)
   return (vq)_mm_mul_epu32((__m128i)a, _mm_set1_epi32((int)m));
 #else
   vq wide = (vq)a & 0xffffffffull;

@@ -25,10 +25,23 @@ namespace coppice {
 namespace COPPICE_ISA {
 
 #if defined(__AVX512F__)
+#define COPPICE_WIDE
 constexpr int W = 16;
 typedef __m512 vf;
 COPPICE_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 COPPICE_INLINE vf vsplat(float x) { return _mm512_set1_ps(x); }
+#elif defined(COPPICE_WIDE)
+// What AVX-512 does, on AVX2: for tests of its shapes on machines that lack it.
+constexpr int W = 16;
+typedef float vf __attribute__((vector_size(64)));
+COPPICE_INLINE vf vsplat(float x) { return x - vf{}; }
+COPPICE_INLINE vf vfma(vf a, vf b, vf c) {
+  __m256 x[2], y[2], z[2];
+  memcpy(x, &a, sizeof(a)), memcpy(y, &b, sizeof(b)), memcpy(z, &c, sizeof(c));
+  for (int i = 0; i < 2; ++i) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+  memcpy(&c, z, sizeof(c));
+  return c;
+}
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int W = 8;
 typedef __m256 vf;
@@ -149,7 +162,7 @@ COPPICE_INLINE V16 load_part(const bf16* p, int64_t n) {
 COPPICE_INLINE V16 load_packed(const float* p) { return load16(p); }
 COPPICE_INLINE V16 load_packed(const bf16* p) {
   V16 r;
-#if defined(__AVX512F__)
+#ifdef COPPICE_WIDE
   const vi lanes = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
   r.v[0] = __builtin_shuffle(load16(p).v[0], lanes);
 #else

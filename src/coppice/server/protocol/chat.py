@@ -82,17 +82,12 @@ class NamedToolChoice(Fields):
     function: NamedFunction
 
 
-class ConversationFields(Fields):
-    """What is rendered into a prompt."""
+class ChatRequest(SamplingFields):
+    """Body of ``POST /v1/chat/completions``, and of its ``/render`` twin."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     chat_template_kwargs: dict[str, Any] | None = None
-
-
-class ChatRequest(ConversationFields, SamplingFields):
-    """Body of ``POST /v1/chat/completions``, and of its ``/render`` twin."""
-
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     max_completion_tokens: Count | None = None

@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from coppice.engine.request import MAX_LOGIT_BIAS, MAX_N, MAX_STOP, MAX_STOP_BYTES
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TOKEN_ID_LIMIT, TOKEN_ID_TITLE = 2**31, "Token id"
+TokenId = Annotated[int, Field(ge=0, lt=TOKEN_ID_LIMIT, title=TOKEN_ID_TITLE)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_BYTES)]
+TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Label = Annotated[str, Field(max_length=256, pattern=r"^[^\x00-\x1f]*$")]
 """A name the server keeps or compares: no control characters."""
@@ -59,7 +61,7 @@ class SamplingFields(Fields):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: dict[TokenName, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, max_length=MAX_LOGIT_BIAS
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP)] | None = None

@@ -22,7 +22,9 @@ async def live() -> Response:
 
 
 @router.get("/health/ready", response_model=Health, responses=ERRORS | NOT_READY)
-@router.get("/health", response_model=Health, responses=ERRORS | NOT_READY)
+@router.get(
+    "/health", response_model=Health, responses=ERRORS | NOT_READY, operation_id="ready_alias"
+)
 async def ready(request: Request) -> Response:
     """200 when new work is welcome; 503 while loading, restarting, stalled or draining."""
     state = services_of(request).state

@@ -1,0 +1,124 @@
+"""The whole server with the bundled model: what only a real engine can show."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.kits.server import ServerProcess
+
+PROMPT = "It was the best of times, it was the worst of times,"
+SCHEMA: Any = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Iterator[ServerProcess]:
+    with ServerProcess("bundled", start_timeout_s=90, engine={"kv_cache_mib": 64}) as server:
+        yield server
+        server.wait_idle()
+
+
+def complete(server: ServerProcess, **fields: Any) -> Any:
+    fields = {"prompt": PROMPT, "max_tokens": 24, "seed": 5} | fields
+    return server.client().completions.create(model="bundled", **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0}, {"n": 2}, {"stop": ["the", "\n"]}, {"logprobs": 3},
+        {"frequency_penalty": 1.0, "presence_penalty": 0.5, "temperature": 0.7},
+        {"extra_body": {"top_k": 5, "min_p": 0.05, "repetition_penalty": 1.2}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_streamed_equals_unstreamed(bundled: ServerProcess, fields: dict[str, Any]) -> None:
+    whole = complete(bundled, **fields)
+    texts: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    for chunk in complete(bundled, stream=True, **fields):
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            reasons[choice.index] = choice.finish_reason
+    assert texts == {choice.index: choice.text for choice in whole.choices}
+    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
+
+
+def test_same_request_same_tokens_alone_and_in_a_crowd(bundled: ServerProcess) -> None:
+    alone = complete(bundled).choices[0].text
+    with ThreadPoolExecutor(6) as pool:
+        crowd = list(pool.map(lambda i: complete(bundled, seed=5 if i % 2 else i), range(6)))
+    assert {reply.choices[0].text for reply in crowd[1::2]} == {alone}
+
+
+def test_a_repeated_prompt_is_read_from_the_cache(bundled: ServerProcess) -> None:
+    prompt = PROMPT * 8
+    complete(bundled, prompt=prompt, max_tokens=2)
+    usage = complete(bundled, prompt=prompt, max_tokens=2).usage
+    assert 0 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
+    salted = complete(bundled, prompt=prompt, max_tokens=2, extra_body={"cache_salt": "mine"})
+    assert salted.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_schema_is_obeyed(bundled: ServerProcess) -> None:
+    reply = bundled.client().chat.completions.create(
+        model="bundled",
+        messages=[{"role": "user", "content": "Who?"}],
+        max_tokens=200,
+        seed=3,
+        response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}},
+    )
+    made = json.loads(reply.choices[0].message.content or "")
+    assert set(made) == {"name", "age"} and isinstance(made["age"], int)
+
+
+def test_a_required_tool_is_called(bundled: ServerProcess) -> None:
+    function: Any = {"name": "greet", "parameters": SCHEMA, "strict": True}
+    choice = bundled.client().chat.completions.create(
+        model="bundled",
+        messages=[{"role": "user", "content": "Greet."}],
+        tools=[{"type": "function", "function": function}],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=250,
+        seed=3,
+    ).choices[0]  # fmt: skip
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function" and call.function.name == "greet"
+    assert set(json.loads(call.function.arguments)) == {"name", "age"}
+
+
+def test_regex_is_obeyed(bundled: ServerProcess) -> None:
+    text = complete(bundled, extra_body={"regex": "(yes|no), [0-9]{3}"}).choices[0].text
+    assert text[:3] in ("yes", "no,") and text[-3:].isdigit()
+
+
+def test_pages_return_when_clients_leave(bundled: ServerProcess) -> None:
+    body = {"prompt": PROMPT * 20, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with bundled.http() as http:
+        for wait_s in (0.0, 0.05, 0.3):
+            with http.stream("POST", "/v1/completions", json=body):
+                time.sleep(wait_s)
+    info = bundled.wait_idle()
+    assert info["engine"]["pages_used"] == 0
+    assert info["outcomes"]["cancelled"] >= 3
+
+
+def test_http_process_stays_small_and_free_of_torch(bundled: ServerProcess) -> None:
+    import psutil
+
+    process = psutil.Process(bundled.process.pid)
+    maps = {entry.path for entry in process.memory_maps()}
+    assert not [path for path in maps if "libtorch" in path]
+    assert process.memory_info().rss < 250 << 20

@@ -1,0 +1,56 @@
+"""The OpenAPI document against the server: valid, invalid and linked data (schemathesis)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kits.server import ServerProcess
+
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "unsupported_method",
+)
+
+
+def fuzz(server: ServerProcess, folder: Path, examples: int, *, most_s: float) -> None:
+    """Run schemathesis with valid and invalid data, coverage and stateful phases on."""
+    command = [
+        sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json",
+        "--phases", "examples,coverage,fuzzing,stateful", "--mode", "all",
+        "--checks", ",".join(CHECKS), "--max-examples", str(examples),
+        "--request-timeout", "10", "--seed", "7", "--generation-deterministic",
+        "--no-color", "--warnings", "off",
+        "--max-time", str(most_s),
+    ]  # fmt: skip
+    made = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=2 * most_s + 60, check=False
+    )
+    assert made.returncode == 0, made.stdout[-8000:] + made.stderr[-2000:]
+    assert "Stateful" in made.stdout
+
+
+@pytest.mark.timeout(240)
+def test_no_data_makes_a_5xx_or_breaks_the_document(fake_model: Path, tmp_path: Path) -> None:
+    with ServerProcess(fake_model, fake={"step_s": 0.0}) as server:
+        fuzz(server, tmp_path, 6, most_s=45)
+        info = server.wait_idle()
+        assert info["engine"]["pages_used"] == 0 and info["state"] == "ok"
+        assert info["outcomes"]["finished"] > 0 and info["outcomes"]["failed"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_no_data_makes_a_5xx_long(fake_model: Path, tmp_path: Path) -> None:
+    with ServerProcess(fake_model, fake={"step_s": 0.0}) as server:
+        fuzz(server, tmp_path, 100, most_s=1500)
+        info = server.wait_idle()
+        assert info["engine"]["pages_used"] == 0 and info["state"] == "ok"
+        assert info["outcomes"]["finished"] > 0 and info["outcomes"]["failed"] == 0
