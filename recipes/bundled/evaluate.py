@@ -73,8 +73,9 @@ def main() -> None:
     """Print both measures of the shipped weights as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the token streams")
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     models = {name: load_model(name) for name in ("target", "draft")}
     report = {f"bpb_{n}": bits_per_byte(m, args.work) for n, m in models.items()}
     report["agreement_top1_top4"] = agreement(models["draft"], models["target"], args.work)
