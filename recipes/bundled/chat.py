@@ -11,7 +11,7 @@ from recipes.bundled.corpus import Document
 
 Message = dict[str, str]
 MAX_ANSWER_CHARS = 1_200
-SENTENCE_END = re.compile(r"(?<=[.!?])[”\"’]?\s+(?=[“\"‘A-Z])")
+SENTENCE_END = re.compile('(?<=[.!?])[\u201d"\u2019]?\\s+(?=[\u201c"\u2018A-Z])')
 SEEDS = Path(__file__).with_name("seeds.json")
 CONTINUE = ("Continue: {}", "Continue the story: {}", "What happens next? {}")
 WRITE = (
@@ -85,12 +85,13 @@ def _python(text: str, rng: random.Random) -> Iterator[list[Message]]:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return
+    lines = text.split("\n")
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         docstring = ast.get_docstring(node)
-        source = ast.get_source_segment(text, node, padded=True)
-        if not docstring or not source or len(source) > MAX_ANSWER_CHARS:
+        source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        if not docstring or len(source) > MAX_ANSWER_CHARS:
             continue
         what = re.split(r"(?<=\.)\s|\n\n", docstring, maxsplit=1)[0].replace("\n", " ")
         if 8 < len(what) < 200:

@@ -48,7 +48,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], P
     moments: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
         progress = Progress(**json.loads(file.metadata()["progress"]))
-        for key in file.keys():
+        for key in list(file.keys()):
             kind, _, name = key.partition("|")
             if kind == "rng":
                 torch.set_rng_state(file.get_tensor(key))

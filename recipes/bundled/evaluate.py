@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from recipes.bundled.data import load_stream
 from recipes.bundled.export import load_model
@@ -43,7 +43,7 @@ def bits_per_byte(
         for ids in windows:
             logits = model(ids[:, :-1].to(device))
             targets = ids[0, 1:].to(device)
-            nats += F.cross_entropy(logits[0], targets, reduction="sum").item()
+            nats += functional.cross_entropy(logits[0], targets, reduction="sum").item()
             tokens += len(targets)
         scores[source] = nats / math.log(2) / (tokens * bytes_per_token)
     return scores
@@ -73,8 +73,9 @@ def main() -> None:
     """Print both measures of the shipped weights as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the token streams")
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     models = {name: load_model(name) for name in ("target", "draft")}
     report = {f"bpb_{n}": bits_per_byte(m, args.work) for n, m in models.items()}
     report["agreement_top1_top4"] = agreement(models["draft"], models["target"], args.work)

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recipes.bundled.checkpoint import load_checkpoint
+from recipes.bundled.corpus import REPOSITORY
 from recipes.bundled.model import SHAPES, Llama, Shape
 from recipes.bundled.tokenizer import END_OF_TEXT, IM_END, PAD, SPECIAL, WORK, write_config
-from recipes.bundled.corpus import REPOSITORY
 
 SHIPPED = REPOSITORY / "src" / "coppice" / "models" / "bundled"
 

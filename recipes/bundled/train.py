@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import functional
 
 from recipes.bundled.checkpoint import Progress, load_checkpoint, save_checkpoint
 from recipes.bundled.data import MIXTURE, WindowSampler, load_stream
@@ -36,7 +37,7 @@ class Schedule:
     peak: float
     warmup_steps: int = 100
     decay_from: float = 0.6
-    lengths: tuple[tuple[float, int], ...] = ((0.0, 256), (0.4, 512), (0.85, 1024), (0.94, 2048))
+    lengths: tuple[tuple[float, int], ...] = ((0.0, 256), (0.6, 512), (0.88, 1024), (0.95, 2048))
 
     def length(self, used: float) -> int:
         """Return the window length, in tokens."""
@@ -68,6 +69,10 @@ class Trainer:
         self.sampler = WindowSampler(streams, args.seed, self.progress.cursor)
         self.stopped = False
 
+    def mean_loss(self, ids: Tensor, wanted: Tensor) -> Tensor:
+        """Return the mean cross entropy of ``[B, T]`` inputs and targets, in nats."""
+        return functional.cross_entropy(self.model(ids).flatten(0, 1), wanted.flatten())
+
     def used(self) -> float:
         """Return the share of the budget that is used, 0 to 1."""
         shares = [0.0]
@@ -82,8 +87,7 @@ class Trainer:
         length = self.schedule.length(used)
         rows = max(1, self.args.batch_tokens // length)
         batch = torch.from_numpy(self.sampler.batch(rows, length)).to(self.args.device)
-        logits = self.model(batch[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss = self.mean_loss(batch[:, :-1], batch[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rate = self.schedule.rate(self.progress.step, used)
@@ -125,10 +129,11 @@ class Trainer:
                 self.report()
                 saved = last = time.monotonic()
         self.save()
-        self.report(max_windows=None)
+        if not self.stopped:
+            self.report()
 
-    def report(self, max_windows: int | None = 8) -> None:
-        """Print bits per byte on held-out text."""
+    def report(self, max_windows: int = 2) -> None:
+        """Print bits per byte on a little held-out text; ``evaluate`` measures all of it."""
         scores = bits_per_byte(self.model, self.args.work, self.args.device, max_windows)
         print("bpb " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
 
@@ -147,7 +152,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--decay-from", type=float, default=0.6)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--save-s", type=float, default=240, help="seconds between checkpoints")
+    parser.add_argument("--save-s", type=float, default=600, help="seconds between checkpoints")
     parser.add_argument("--log-every", type=int, default=20)
     args = parser.parse_args()
     if not args.hours and not args.tokens:

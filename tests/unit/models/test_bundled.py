@@ -56,14 +56,14 @@ def expected_shapes(config: dict) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """The shared tokenizer."""
+    """Load the shared tokenizer."""
     tokenizers = pytest.importorskip("tokenizers")
     return tokenizers.Tokenizer.from_file(str(BUNDLED / "target" / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
 def template():
-    """The chat template, compiled the way checkpoints are usually rendered."""
+    """Compile the chat template the way checkpoints are usually rendered."""
     sandbox = pytest.importorskip("jinja2.sandbox")
     config = json.loads((BUNDLED / "target" / "tokenizer_config.json").read_text("utf-8"))
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
