@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 from benchmarks.serving.measure import Job, Measured, read_job, write_measured
@@ -21,6 +22,7 @@ def main() -> None:
         prefix_cache=False,  # type: ignore[arg-type]
     )
     engine = Engine(load_engine_model(config), config)
+    gc.freeze()  # as the engine process does
     _serve(engine, _warm_up(job))
     before = engine.stats()
     began = time.perf_counter()

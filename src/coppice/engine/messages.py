@@ -38,7 +38,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Leave the step loop after the current step."""
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The chosen token's log-probability and the top alternatives ``(token, logprob)``."""
 
     token: int
@@ -46,7 +46,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]
 
 
-class Output(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+class Output(msgspec.Struct, frozen=True, tag=True, kw_only=True, gc=False):
     """New tokens of one choice of one request, and its end if it ended.
 
     Attributes:

@@ -8,6 +8,7 @@ a terminal reaches both) are ignored here: the front end decides when to stop.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import socket
@@ -61,6 +62,7 @@ def _serve(connection: socket.socket, config: EngineConfig) -> int:
     from coppice.engine.loop import EngineLoop
 
     engine = Engine(load_engine_model(config), config)
+    gc.freeze()  # what is loaded now stays: no collection needs to look at it again
 
     def send(messages: Sequence[FromEngine]) -> None:
         connection.sendall(b"".join(map(encode, messages)))
