@@ -66,6 +66,7 @@ def get_ops(device: str = "cpu", prefer: Backend | None = None) -> Ops:
             from coppice.kernels.native import NativeOps
 
             _start_pool()
+            _check_isa()
             return NativeOps()
         _warn_slow()
     from coppice.kernels.reference import ReferenceOps
@@ -114,6 +115,7 @@ def set_isa(name: str) -> None:
         raise ConfigError(f"This machine cannot run {name}; choose from {available_isas()}.")
     from coppice.kernels import _native
 
+    _check_isa()  # it would choose anew later
     _native.set_isa(name)
 
 
@@ -168,6 +170,14 @@ def _start_pool() -> None:
     from coppice.kernels import _native
 
     _native.set_num_threads(usable_cores())
+
+
+@cache
+def _check_isa() -> None:
+    """Make sure, once, that the chosen instruction set computes right here."""
+    from coppice.kernels.native.check import choose_isa
+
+    choose_isa()
 
 
 @cache

@@ -1,0 +1,74 @@
+"""A check at start: does an instruction set compute here what the portable code computes?
+
+Kernels for a newer machine than their authors had are compiled from the same source, but
+were never run there. A few small operators, compared with the portable path, take
+milliseconds and turn a wrong answer into a slower right one.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from coppice.kernels import _native
+from coppice.kernels.native.ops import NativeOps
+from coppice.kernels.rows import Rows
+
+TOLERANCE = 1e-3
+"""Far above what fused and separate rounding differ by, far below any real mistake."""
+
+_log = logging.getLogger(__name__)
+
+
+def choose_isa() -> str:
+    """Select the best instruction set that agrees with the portable one; its name."""
+    candidates = _native.available()
+    _native.set_isa(candidates[-1])
+    expected = _answers()
+    for name in candidates[:-1]:
+        _native.set_isa(name)
+        if agrees(_answers(), expected):
+            return name
+        _log.warning(
+            "The %s kernels compute wrong results on this machine, using the next best; "
+            "please report it.",
+            name,
+        )
+    _native.set_isa(candidates[-1])
+    return candidates[-1]
+
+
+def agrees(found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether two runs of the check differ by rounding at most."""
+    return all(
+        torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def _answers() -> list[Tensor]:
+    """Small results of every operator, over row counts that take different tiles."""
+    ops = NativeOps()
+    noise = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=noise)
+
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        packed = ops.pack_linear((random(72, 64) / 8).to(dtype), random(72))
+        for num_rows in (1, 3, 8, 37):
+            found.append(ops.linear(random(num_rows, 64), packed))
+        heads, kv_heads, dim, num_rows, page = 4, 2, 32, 70, 16
+        rows = Rows.chunk([1] * num_rows, [2, 0, 4, 1, 3])
+        k, v = (torch.zeros(5, kv_heads, page, dim, dtype=dtype) for _ in range(2))
+        angles = random(num_rows, dim // 2)
+        table = torch.stack([angles.cos(), angles.sin()], dim=1).contiguous()
+        qkv = random(num_rows, (heads + 2 * kv_heads) * dim)
+        q = ops.rope_append(qkv, rows, k, v, table, num_heads=heads)
+        found += [q, ops.attention(q, rows, k, v, scale=0.2), k.float(), v.float()]
+    x = random(9, 96)
+    found += [ops.rms_norm(x, random(96), eps=1e-6), ops.gated_activation(x, "silu")]
+    return found
