@@ -135,3 +135,38 @@ def test_n_choices_differ_and_each_repeats_alone_of_its_siblings() -> None:
     assert answers(2) == four[:2]
     assert len({tuple(a) for a in four}) == 4
     assert msgspec.json.encode(four)
+
+
+def test_a_parked_request_holds_no_page_and_goes_on_with_the_same_tokens() -> None:
+    model = load_engine_model(EngineConfig(model=DRAFT))
+
+    def answer(park_at: int | None) -> list[int]:
+        engine = Engine(model, EngineConfig(model=DRAFT))
+        params = SamplingParams(max_tokens=40, seed=3, ignore_eos=True)
+        engine.submit(Request(id="x", prompt=list(range(5, 60)), sampling=params))
+        found: list[int] = []
+        while engine.has_work:
+            for output in engine.step():
+                found.extend(output.tokens)
+            if len(found) == park_at:
+                engine.park("x", True)
+                engine.park("x", True)  # told twice is no harm
+                assert not engine.has_work
+                assert engine.stats().pages_used == 0
+                engine.check_pages()
+                engine.park("x", False)
+        engine.park("x", True)  # ended long ago
+        return found
+
+    assert answer(10) == answer(39) == answer(None)
+
+
+def test_a_parked_request_can_be_cancelled() -> None:
+    model = load_engine_model(EngineConfig(model=DRAFT))
+    engine = Engine(model, EngineConfig(model=DRAFT))
+    engine.submit(Request(id="x", prompt=[1, 2], sampling=SamplingParams(max_tokens=9)))
+    engine.step()
+    engine.park("x", True)
+    assert [o.finish_reason for o in engine.cancel("x")] == ["cancelled"]
+    assert engine.outcomes == {"cancelled": 1}
+    engine.check_pages()

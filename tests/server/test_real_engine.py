@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -122,3 +123,40 @@ def test_http_process_stays_small_and_free_of_torch(bundled: ServerProcess) -> N
     maps = {entry.path for entry in process.memory_maps()}
     assert not [path for path in maps if "libtorch" in path]
     assert process.memory_info().rss < 250 << 20
+
+
+def test_a_reader_that_stands_still_parks_its_request_and_loses_nothing(
+    bundled: ServerProcess,
+) -> None:
+    body = {
+        "model": "bundled", "prompt": PROMPT, "max_tokens": 1900, "seed": 5, "logprobs": 20,
+        "n": 4, "ignore_eos": True, "stream": True,
+    }  # fmt: skip
+    data = json.dumps(body).encode()
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(data)
+    )
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(60)
+        client.connect(("127.0.0.1", bundled.port))
+        client.sendall(head + data)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:  # it runs at first, then stands still
+            time.sleep(0.25)
+            engine = bundled.info()["engine"]
+            if engine["generated_tokens"] and not engine["running"] and not engine["waiting"]:
+                break
+        held = bundled.info()
+        assert held["outcomes"]["in_flight"] == 1, "it ended before it could be parked"
+        assert held["engine"]["pages_used"] == 0
+        received = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    texts = dict.fromkeys(range(4), "")
+    for line in received.split(b"data: ")[1:]:
+        event = line.split(b"\n\n")[0]
+        if event != b"[DONE]":
+            for choice in json.loads(event)["choices"]:
+                texts[choice["index"]] += choice["text"]
+    whole = complete(bundled, max_tokens=1900, n=4, extra_body={"ignore_eos": True})
+    assert texts == {choice.index: choice.text for choice in whole.choices}

@@ -135,6 +135,24 @@ class Engine:
                 self._end(sequence, reason, outputs)
         return outputs
 
+    def park(self, request_id: str, on: bool) -> None:
+        """Hold a request whose reader does not keep up, or let it go on.
+
+        A parked sequence gives its pages back; going on, it recomputes them like after a
+        preemption, so its tokens do not change. Cancels and deadlines still reach it, the
+        latter as soon as anything steps.
+        """
+        for sequence in self._requests.get(request_id, ()):
+            if sequence.finish_reason is not None or sequence.parked == on:
+                continue
+            sequence.parked = on
+            if not on:
+                self._enqueue(sequence)
+            elif sequence.slot >= 0:
+                self._stop_running(sequence)
+            else:
+                self._waiting.remove(sequence)
+
     def step(self) -> list[Output]:
         """Plan, run and commit one step."""
         began = self.clock()
@@ -326,7 +344,7 @@ class Engine:
         sequence.finish_reason = reason
         if sequence.slot >= 0:
             self._stop_running(sequence)
-        elif sequence in self._waiting:
+        elif sequence in self._waiting:  # not so while parked, or never queued
             self._waiting.remove(sequence)
         outputs.append(_report(sequence))
         if reason == "failed":  # choices held back for this one's prompt still run

@@ -14,6 +14,7 @@ from coppice.engine.messages import (
     Cancel,
     FromEngine,
     Output,
+    Park,
     Shutdown,
     Submit,
     ToEngine,
@@ -81,6 +82,8 @@ class EngineLoop:
                         )
                 case Cancel(request_id, reason, index):
                     messages.extend(self._engine.cancel(request_id, reason, index))
+                case Park(request_id, on):
+                    self._engine.park(request_id, on)
                 case Shutdown():
                     self._stopping = True
                     return

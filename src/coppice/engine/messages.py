@@ -1,6 +1,6 @@
 """Messages between the front end and the engine, msgpack on the wire.
 
-Front end to engine: `Submit`, `Cancel`, `Shutdown`. Engine to front end: `Ready`,
+Front end to engine: `Submit`, `Cancel`, `Park`, `Shutdown`. Engine to front end: `Ready`,
 `Output`, `StepStats`, `Fatal`. Frames are a 4-byte little-endian length and a tagged
 msgpack body (`encode`, `Decoder`).
 """
@@ -32,6 +32,13 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     reason: CancelReason = "cancelled"
     index: int | None = None
+
+
+class Park(msgspec.Struct, frozen=True, tag=True):
+    """The reader does not keep up: hold the request without pages until ``on`` is false."""
+
+    request_id: str
+    on: bool
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
@@ -126,7 +133,7 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToEngine = Submit | Cancel | Shutdown
+ToEngine = Submit | Cancel | Park | Shutdown
 FromEngine = Ready | Output | StepStats | Fatal
 
 _encoder = msgspec.msgpack.Encoder()

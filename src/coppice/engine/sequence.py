@@ -46,6 +46,7 @@ class Sequence:
     node: Node | None = None
     num_sealed: int = 0
     slot: int = -1
+    parked: bool = False
     cached_tokens: int = 0
     sent: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -16,6 +16,7 @@ from coppice.engine.messages import (
     FromEngine,
     ModelFacts,
     Output,
+    Park,
     Ready,
     StepStats,
     Submit,
@@ -37,6 +38,8 @@ State = Literal["loading", "ready", "restarting", "failed", "stopped"]
 _OPERATORS_FAULT = frozenset(
     error.code for error in (ConfigError, CheckpointError, UnsupportedModelError)
 )
+MAX_UNREAD = 1024
+"""Outputs a reader may lag behind before its request is parked in the engine."""
 BACKOFF_FIRST_S, BACKOFF_LAST_S, HEALTHY_S = 0.5, 30.0, 60.0
 
 
@@ -53,6 +56,7 @@ class LiveRequest:
     open: set[int]
     submitted_s: float = field(default_factory=time.monotonic)
     started: bool = False
+    parked: bool = False
 
     @property
     def waiting_tokens(self) -> int:
@@ -131,6 +135,12 @@ class AsyncEngine:
             return
         if self._process is not None:
             self._process.send(Cancel(request_id, reason, index))
+
+    def caught_up(self, request_id: str) -> None:
+        """The queue was read to its end: a request parked for its slow reader goes on."""
+        live = self.live.get(request_id)
+        if live is not None and live.parked:
+            self._park(live, False)
 
     def forget(self, request_id: str) -> None:
         """Cancel what is still open and route no more of its outputs."""
@@ -228,6 +238,13 @@ class AsyncEngine:
             if not live.open:
                 del self.live[output.request_id]
         live.queue.put_nowait(output)
+        if live.queue.qsize() >= MAX_UNREAD and not live.parked:
+            self._park(live, True)
+
+    def _park(self, live: LiveRequest, on: bool) -> None:
+        live.parked = on
+        if self._process is not None:
+            self._process.send(Park(live.request.id, on))
 
     def _fail_live(self, message: str, code: str) -> None:
         code = code if code == "shutting_down" else "engine_dead"

@@ -241,6 +241,8 @@ class Generation:
         outputs = [await self._queue.get()]
         while not self._queue.empty():
             outputs.append(self._queue.get_nowait())
+        for request in self._requests:
+            self._engine.caught_up(request.id)
         return outputs
 
     def _expire(self) -> None:

@@ -143,8 +143,7 @@ class Server:
         assert facts is not None
         print(
             f"coppice serves {self.services.model_name} at http://{shown}:{port}"
-            f" ({facts.kernels}, {facts.num_threads} threads, "
-            f"{facts.num_pages} KV pages of {facts.page_size} tokens)",
+            f" ({facts.kernels}, {facts.num_pages} KV pages of {facts.page_size} tokens)",
             flush=True,
         )
 
