@@ -8,6 +8,7 @@ a terminal reaches both) are ignored here: the front end decides when to stop.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import os
 import signal
@@ -62,7 +63,9 @@ def _serve(connection: socket.socket, config: EngineConfig) -> int:
     from coppice.engine.loop import EngineLoop
 
     engine = Engine(load_engine_model(config), config)
+    gc.collect()
     gc.freeze()  # what is loaded now stays: no collection needs to look at it again
+    _trim()
 
     def send(messages: Sequence[FromEngine]) -> None:
         connection.sendall(b"".join(map(encode, messages)))
@@ -73,6 +76,13 @@ def _serve(connection: socket.socket, config: EngineConfig) -> int:
     threading.Thread(target=_read, args=(connection, loop), name="reader", daemon=True).start()
     loop.run()
     return 0
+
+
+def _trim() -> None:
+    """Give the system back what loading took and freed, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _read(connection: socket.socket, loop: EngineLoop) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -44,6 +45,7 @@ def run(
     from coppice.server.engine_client import AsyncEngine
     from coppice.server.keys import KeyRing
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     command = engine_command or (
         sys.executable,
         "-m",
@@ -65,5 +67,5 @@ def run(
     try:
         return asyncio.run(serve())
     except CoppiceError as error:
-        print(f"coppice: {error.message} [{error.code}]", file=sys.stderr, flush=True)
+        print(f"error: {error.message} [{error.code}]", file=sys.stderr, flush=True)
         return error.exit_code
