@@ -3,8 +3,8 @@
 Models: the bundled one, and random weights in the shape of Qwen2.5-0.5B in bf16. Prompt and
 answer lengths are those of the Azure conversation trace, divided by a stated factor. The
 contenders take turns; each figure is the median over the rounds. A peer that is not done
-after two and a half times Coppice's time, and a minute, gives up: its throughput is then an upper bound (marked
-``<``), and it sits out the later rounds. Where the processor has no bf16 arithmetic,
+after two and a half times Coppice's time, and a minute, gives up: its throughput is then an
+upper bound (marked ``<``), and it sits out the later rounds. Where the processor has no bf16 arithmetic,
 `transformers` also runs in float32, which is faster there.
 """
 
