@@ -4,7 +4,7 @@ Models: the bundled one, and random weights in the shape of Qwen2.5-0.5B in bf16
 answer lengths are those of the Azure conversation trace, divided by a stated factor. The
 contenders take turns; each figure is the median over the rounds. A peer that is not done
 after two and a half times Coppice's time, and a minute, gives up: its throughput is then an
-upper bound (marked ``<``), and it sits out the later rounds. Where the processor has no bf16 arithmetic,
+upper bound (marked ``<``), and it sits out the later rounds. Where bf16 is emulated,
 `transformers` also runs in float32, which is faster there.
 """
 

@@ -31,15 +31,25 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"coppice {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_show_version,
+            help="Print the version and exit.",
+        ),
     ] = False,
 ) -> None:
-    if version:
-        typer.echo(f"coppice {__version__}")
-        raise typer.Exit
+    del version  # its callback has run before any command is looked for
 
 
 app.command()(serve)

@@ -216,6 +216,13 @@ class Engine:
                 f"{self.context_length}, one of them for the answer; shorten the prompt.",
                 param="prompt",
             )
+        wanted = request.sampling.max_tokens
+        if wanted is not None and len(request.prompt) + wanted > self.context_length:
+            raise ContextOverflowError(
+                f"The prompt has {len(request.prompt)} tokens and {wanted} are asked for, but "
+                f"the context holds {self.context_length}; lower max_tokens or shorten the prompt.",
+                param="max_tokens",
+            )
         if not 0 <= min(request.prompt) <= max(request.prompt) < self.model.facts.vocab_size:
             raise RequestError(
                 f"Token ids must lie between 0 and {self.model.facts.vocab_size - 1}.",

@@ -91,6 +91,13 @@ def test_one_bad_prompt_runs_nothing(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
+def test_more_tokens_than_fit_are_refused_not_cut(llm: LLM) -> None:
+    with pytest.raises(ContextOverflowError, match=r"5000 are asked for.*2048"):
+        llm.generate("x", greedy(max_tokens=5000))
+    whole = llm.generate([5] * 2040, greedy(max_tokens=None))[0].outputs[0]
+    assert len(whole.token_ids) == 8
+
+
 def test_what_is_not_built_is_refused() -> None:
     with pytest.raises(ConfigError, match="quantization"):
         LLM(DRAFT, quantization="awq")
