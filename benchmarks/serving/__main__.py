@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,11 @@ def _compare(report: Report, name: str, job: Job, rounds: int) -> None:
             if contender == "coppice":
                 limit_s = max(limit_s, LEAST_LIMIT_S, PATIENCE * measured.seconds)
             found.append(measured.summary(this))
+            print(  # a run takes minutes: say that it goes on
+                f"{name}, {job.concurrency} clients: {contender} {measured.seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     medians = {
         contender: {key: statistics.median(run[key] for run in found) for key in found[0]}
         for contender, found in runs.items()
