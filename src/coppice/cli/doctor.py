@@ -22,6 +22,12 @@ def doctor(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Measure memory and multiply rates.")
     ] = True,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate", help="Load the model, time its steps and keep the result (seconds)."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show machine, kernels, versions, and each setting with where its value comes from.
@@ -34,6 +40,8 @@ def doctor(
         "versions": versions(),
         "settings": setting_facts(given),
     }
+    if calibrate:
+        report["steps"] = step_facts(given)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
@@ -63,6 +71,33 @@ def kernel_facts(*, probe: bool) -> dict[str, Any]:
     return facts
 
 
+def step_facts(given: Given) -> dict[str, Any]:
+    """Time the configured model's steps and keep the curve where engines look for it."""
+    from rich.progress import Progress
+
+    from coppice.cost import save_curve
+    from coppice.engine.calibrate import calibrate, curve_path
+    from coppice.engine.config import EngineConfig
+    from coppice.engine.loading import load_engine_model
+
+    config = given.resolve(EngineConfig).config
+    with err().status(f"Loading {config.model}"):
+        model = load_engine_model(config)
+    with Progress(console=err(), transient=True) as bar:
+        task = bar.add_task("Timing steps", total=None)
+        curve = calibrate(model, progress=lambda n, of: bar.update(task, completed=n, total=of))
+    path = curve_path(config.cache_folder, model.facts)
+    save_curve(curve, path)
+    timed = zip(curve.rows, curve.seconds, strict=True)
+    facts: dict[str, Any] = {f"{rows} rows, ms": 1e3 * seconds for rows, seconds in timed}
+    return {
+        "model": model.facts.name,
+        **facts,
+        "1,000 keys, ms": 1e6 * curve.per_key_s,
+        "kept in": str(path),
+    }
+
+
 def setting_facts(given: Given) -> dict[str, dict[str, str]]:
     """Each setting's value and origin, by its key in the YAML file; secrets are hidden."""
     facts = {}
@@ -77,7 +112,7 @@ def setting_facts(given: Given) -> dict[str, dict[str, str]]:
 def _print(report: dict[str, Any]) -> None:
     from rich.table import Table
 
-    for section in ("machine", "kernels", "versions"):
+    for section in (name for name in report if name != "settings"):
         table = Table(title=section, title_justify="left", show_header=False, box=None)
         for name, value in _flat(report[section]):
             table.add_row(name, value)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from coppice.errors import ConfigError
-from coppice.settings import RoomConfig, setting
+from coppice.settings import RoomConfig, cache_root, setting
 
 DType = Literal["auto", "float32", "bfloat16"]
 
@@ -82,6 +83,11 @@ class EngineConfig(RoomConfig):
         minimum=0,
         maximum=2**63 - 1,
     )
+    cache_dir: str | None = setting(
+        None,
+        "Folder for what is worked out once for a model on a machine; none means "
+        "coppice in the user's cache folder.",
+    )
     stats_interval_s: float = setting(
         0.25,
         "Seconds between two reports of live figures from the engine.",
@@ -107,3 +113,8 @@ class EngineConfig(RoomConfig):
             raise ConfigError(
                 f"page_size must be a power of two, got {self.page_size}.", param="page_size"
             )
+
+    @property
+    def cache_folder(self) -> Path:
+        """``cache_dir``, or its default."""
+        return cache_root() if self.cache_dir is None else Path(self.cache_dir).expanduser()

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from coppice.cache.pool import KVPool
-from coppice.cost import StepCost
+from coppice.cost import StepCost, read_curve
 from coppice.engine.batch import BatchLayout
+from coppice.engine.calibrate import curve_path
 from coppice.engine.config import EngineConfig
 from coppice.engine.loading import EngineModel
 from coppice.engine.messages import (
@@ -87,7 +88,7 @@ class Engine:
         self._waiting: list[Sequence] = []
         self._deadlines: list[tuple[float, str]] = []
         self._arrivals = 0
-        self._cost = StepCost()
+        self.cost = StepCost(read_curve(curve_path(config.cache_folder, model.facts)))
         self._totals: Counter[str] = Counter()
         self._seconds = {"model": 0.0, "other": 0.0}
         self.outcomes: Counter[str] = Counter()
@@ -167,7 +168,7 @@ class Engine:
             self._accept(choice, now, outputs)
         took = self.clock() - began
         if result.num_rows:
-            self._cost.observe(result.num_rows, took)
+            self.cost.observe(result.num_rows, took)
         self._totals["steps"] += 1
         self._totals["rows"] += result.num_rows
         self._totals["generated_tokens"] += len(result.choices)
@@ -177,7 +178,7 @@ class Engine:
 
     def stats(self) -> StepStats:
         """Gauges and totals for metrics and admission."""
-        per_row = self._cost.per_row_s
+        per_row = self.cost.per_row_s
         allocator = self.pages.allocator
         return StepStats(
             running=len(self._running),
@@ -286,7 +287,7 @@ class Engine:
             num_available=self.pages.allocator.num_available,
             page_size=config.page_size,
             max_rows=max(
-                self._cost.rows_within(MAX_STEP_S, config.max_rows), config.max_sequences + 1
+                self.cost.rows_within(MAX_STEP_S, config.max_rows), config.max_sequences + 1
             ),
             max_sequences=config.max_sequences,
             prefill_chunk=config.prefill_chunk,

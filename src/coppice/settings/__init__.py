@@ -10,6 +10,7 @@ does not change afterwards.
 """
 
 from coppice.settings.declare import RoomConfig, Setting, setting, settings_of
+from coppice.settings.folders import cache_root
 from coppice.settings.resolve import (
     FILE_VARIABLE,
     Origin,
@@ -26,6 +27,7 @@ __all__ = [
     "RoomConfig",
     "Setting",
     "Sources",
+    "cache_root",
     "load_sources",
     "resolve",
     "setting",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from coppice.cost import StepCost
 from coppice.cost.curve import Sample, StepCurve, fit, read_curve, save_curve
 from coppice.errors import ConfigError
 
@@ -72,3 +73,23 @@ def test_a_damaged_file_is_no_curve(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     assert read_curve(path) is None
     assert read_curve(tmp_path / "absent.json") is None
+
+
+def test_a_calibrated_estimate_keeps_the_shape_and_follows_the_height() -> None:
+    cost = StepCost(CURVE)
+    assert cost.rows_within(0.0401, 500) == 36
+    for _ in range(200):
+        cost.observe(8, 2 * CURVE.time(8))
+    assert cost.scale == pytest.approx(2.0, rel=0.02)
+    assert cost.rows_within(0.080, 500) in (35, 36)
+    assert cost.per_row_s == pytest.approx(2 * 0.001, rel=0.1)
+
+
+def test_without_a_curve_a_line_is_fitted() -> None:
+    cost = StepCost()
+    assert cost.rows_within(0.1, 77) == 77
+    for rows in (1, 50, 3, 40) * 50:
+        cost.observe(rows, 0.004 + 0.001 * rows)
+    assert cost.per_row_s == pytest.approx(0.001, rel=0.01)
+    assert cost.base_s == pytest.approx(0.004, rel=0.05)
+    assert cost.rows_within(0.104, 500) in (99, 100)

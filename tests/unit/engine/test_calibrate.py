@@ -1,0 +1,42 @@
+"""Calibration: a real model is timed, and engines find the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from coppice.cli.app import run
+from coppice.cost import read_curve
+from coppice.engine.calibrate import ROWS, calibrate, curve_path
+from coppice.engine.config import EngineConfig
+from coppice.engine.engine import Engine
+from coppice.engine.loading import load_engine_model
+from tests.kits.models import DRAFT
+
+
+def test_a_timed_model_gives_a_rising_curve() -> None:
+    model = load_engine_model(EngineConfig(model=DRAFT))
+    seen: list[tuple[int, int]] = []
+    curve = calibrate(model, seconds=0.3, progress=lambda n, of: seen.append((n, of)))
+    assert curve.rows == ROWS
+    assert 0 < curve.time(1) <= curve.time(256)
+    assert seen[0][0] == 0
+    assert seen[-1][0] == seen[-1][1] == 2 * len(ROWS)
+
+
+def test_doctor_keeps_a_curve_where_engines_look(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--no-probe", "--json", "--calibrate", "--model", DRAFT, "--cache-dir", str(tmp_path)]
+    assert run(["doctor", *flags]) == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    config = EngineConfig(model=DRAFT, cache_dir=str(tmp_path))
+    model = load_engine_model(config)
+    path = curve_path(config.cache_folder, model.facts)
+    assert steps["kept in"] == str(path)
+    curve = read_curve(path)
+    assert curve is not None
+    engine = Engine(model, config)
+    assert engine.cost.rows_within(curve.time(64) * 1.0001, 500) == 64
