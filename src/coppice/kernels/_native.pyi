@@ -1,5 +1,9 @@
 """Types of the C++ extension (native/module.cpp). ``int`` addresses, ``0`` for null."""
 
+class Packed:
+    def __init__(self, *addresses_and_shape: int) -> None:
+        """data, scales, zeros, bias; n, k, group, format (see kernels.h)."""
+
 class RowArrays:
     def __init__(self, *addresses_and_sizes: int) -> None:
         """position, sequence, parent, slot, page_table, prefix_len; rows, sequences, max_pages."""
@@ -16,32 +20,10 @@ def set_num_threads(threads: int, /) -> None: ...
 def advise_huge(address: int, size_bytes: int, /) -> None: ...
 def read_probe(address: int, count: int, rounds: int, /) -> float: ...
 def fma_probe(rounds: int, /) -> float: ...
-def linear(
-    x: int,
-    weight: int,
-    bias: int,
-    residual: int,
-    out: int,
-    rows: int,
-    n: int,
-    k: int,
-    is_bf16: bool,
-    /,
-) -> None: ...
-def pack(
-    source: int,
-    weight: int,
-    first: int,
-    count: int,
-    k: int,
-    source_bf16: bool,
-    is_bf16: bool,
-    /,
-) -> None: ...
-def unpack(out: int, weight: int, first: int, count: int, k: int, is_bf16: bool, /) -> None: ...
-def gather(
-    token: int, weight: int, out: int, rows: int, n: int, k: int, is_bf16: bool, /
-) -> None: ...
+def linear(packed: Packed, x: int, residual: int, out: int, rows: int, /) -> None: ...
+def pack(packed: Packed, source: int, source_bf16: bool, first: int, count: int, /) -> None: ...
+def unpack(packed: Packed, out: int, /) -> None: ...
+def gather(packed: Packed, token: int, out: int, rows: int, /) -> None: ...
 def norm(x: int, weight: int, out: int, rows: int, n: int, eps: float, /) -> None: ...
 def gate(gate_up: int, out: int, rows: int, n: int, kind: int, /) -> None: ...
 def rope(

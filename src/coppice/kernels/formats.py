@@ -53,6 +53,11 @@ class Format:
         return {32: torch.float32, 16: torch.bfloat16}.get(self.bits, torch.int8)
 
     @property
+    def scale_dtype(self) -> torch.dtype:
+        """Type scales are stored in: groups are many, so theirs are float16."""
+        return torch.float16 if self.group else torch.float32
+
+    @property
     def activation_group(self) -> int:
         """Inputs per activation scale."""
         return self.group or ACTIVATION_GROUP
@@ -64,6 +69,11 @@ class Format:
 
 F32 = Format(name="f32", bits=32)
 BF16 = Format(name="bf16", bits=16)
+
+
+def float_format(dtype: torch.dtype) -> Format:
+    """The format that keeps a float tensor: bfloat16 as it is, all else as float32."""
+    return BF16 if dtype == torch.bfloat16 else F32
 
 
 class Quantized(NamedTuple):

@@ -3,9 +3,10 @@
 Two implementations exist: `coppice.kernels.reference` (PyTorch, any device, what tests
 compare with) and `coppice.kernels.native` (the C++ extension, CPU). `get_ops` picks one.
 
-Activations are float32. Weights and KV pages are float32 or bfloat16. Every operator obeys
-one rule, batch invariance: the reduction order of an output element is a function of the
-layer's shape only, never of how many rows stand beside it or how the rows were chunked.
+Activations are float32. Weights have a `Format`; KV pages are float32 or bfloat16. Every
+operator obeys one rule, batch invariance: the reduction order of an output element is a
+function of the layer's shape only, never of how many rows stand beside it or how the rows were
+chunked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from coppice.kernels.formats import Format, Quantized
 from coppice.kernels.rows import Rows
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
@@ -32,31 +34,49 @@ class Ops(Protocol):
     """Where weights, rows and pages live."""
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-        """Bring ``weight [N, K]`` (float32 or bfloat16) to this backend's layout."""
+        """Bring ``weight [N, K]`` to this backend's layout, in its own precision."""
         ...
 
     def empty_linear(
-        self, out_features: int, in_features: int, dtype: torch.dtype, *, bias: bool = False
+        self, out_features: int, in_features: int, format: Format, *, bias: bool = False
     ) -> PackedLinear:
         """Room for a ``[out_features, in_features]`` weight that `fill_linear` fills in parts.
 
         This is how q, k and v (or gate and up) become one layer without a second copy:
         each part is packed straight into its rows of the one buffer.
+
+        Raises:
+            EngineError: groups do not divide the width, or this backend lacks the format.
         """
         ...
 
     def fill_linear(
-        self, packed: PackedLinear, row: int, weight: Tensor, bias: Tensor | None = None
+        self,
+        packed: PackedLinear,
+        row: int,
+        weight: Tensor | Quantized,
+        bias: Tensor | None = None,
     ) -> None:
-        """Pack ``weight [n, K]`` (any float dtype) as output features ``row .. row + n``."""
+        """Pack ``weight [n, K]`` as output features ``row .. row + n``.
+
+        Float formats take tensors of any float type, quantized ones take `Quantized` (whose
+        values the caller has checked); scales are rounded to `Format.scale_dtype`.
+        """
         ...
 
     def unpack_linear(self, packed: PackedLinear) -> Tensor:
-        """The weight back as a new ``[N, K]`` tensor in its stored dtype."""
+        """The weight as computed with, a new ``[N, K]`` tensor.
+
+        In its stored dtype, or float32 ``scale * (code - zero)`` where it is quantized.
+        """
         ...
 
     def linear(self, x: Tensor, packed: PackedLinear, *, residual: Tensor | None = None) -> Tensor:
-        """``x [T, K] @ weight.T + bias (+ residual)`` as float32 ``[T, N]``."""
+        """``x [T, K] @ weight.T + bias (+ residual)`` as float32 ``[T, N]``.
+
+        Where the format quantizes activations, a NaN or infinity in a row makes that row's
+        outputs NaN, and no other's.
+        """
         ...
 
     def embedding(self, token: Tensor, packed: PackedLinear) -> Tensor:

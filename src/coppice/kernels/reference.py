@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coppice.kernels import quantized_reference as quantized
+from coppice.kernels.formats import Format, Quantized, float_format
 from coppice.kernels.interface import Activation, QKNorm
 from coppice.kernels.rows import Rows
 
@@ -22,30 +24,27 @@ ROW_TILE = 16
 
 @dataclass(slots=True)
 class ReferencePacked:
-    """A weight as it came: ``[N, K]`` in its stored dtype, bias ``[N]`` float32."""
+    """A weight as it came, ``[N, K]``, bias ``[N]`` float32.
 
-    weight: Tensor
+    Attributes:
+        weight: in its stored float type, or codes, scales and zeros.
+    """
+
+    weight: Tensor | Quantized
     bias: Tensor | None
-
-    @property
-    def out_features(self) -> int:
-        """``N``."""
-        return self.weight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """``K``."""
-        return self.weight.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Storage type of the weight."""
-        return self.weight.dtype
+    format: Format
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        held = self.weight if isinstance(self.weight, tuple) else (self.weight,)
+        return sum(tensor.nbytes for tensor in (*held, self.bias) if tensor is not None)
+
+    def dequant(self) -> Tensor:
+        """The float32 ``[N, K]`` weight."""
+        if isinstance(self.weight, Quantized):
+            return self.weight.dequant()
+        return self.weight.float()
 
 
 class ReferenceOps:
@@ -60,53 +59,71 @@ class ReferenceOps:
         self.name = f"reference {self.device.type}"
 
     def empty_linear(
-        self, out_features: int, in_features: int, dtype: torch.dtype, *, bias: bool = False
+        self, out_features: int, in_features: int, format: Format, *, bias: bool = False
     ) -> ReferencePacked:
         """See `Ops.empty_linear`."""
-        weight = torch.zeros(out_features, in_features, dtype=dtype, device=self.device)
+        weight: Tensor | Quantized
+        if format.quantized:
+            weight = quantized.empty(out_features, in_features, format, self.device)
+        else:
+            shape = (out_features, in_features)
+            weight = torch.zeros(shape, dtype=format.dtype, device=self.device)
         bias_row = torch.zeros(out_features, device=self.device) if bias else None
-        return ReferencePacked(weight, bias_row)
+        return ReferencePacked(weight, bias_row, format)
 
     def fill_linear(
-        self, packed: ReferencePacked, row: int, weight: Tensor, bias: Tensor | None = None
+        self,
+        packed: ReferencePacked,
+        row: int,
+        weight: Tensor | Quantized,
+        bias: Tensor | None = None,
     ) -> None:
         """See `Ops.fill_linear`."""
-        end = row + weight.shape[0]
-        packed.weight[row:end].copy_(weight)
+        held = packed.weight
+        if isinstance(held, Quantized):
+            assert isinstance(weight, Quantized), "a quantized layer takes quantized weights"
+            quantized.fill(held, row, weight)
+        else:
+            assert isinstance(weight, Tensor), "a float layer takes float weights"
+            held[row : row + weight.shape[0]].copy_(weight)
         if bias is not None:
             assert packed.bias is not None, "the layer was made without a bias"
-            packed.bias[row:end].copy_(bias)
+            packed.bias[row : row + bias.shape[0]].copy_(bias)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> ReferencePacked:
         """See `Ops.pack_linear`."""
-        packed = self.empty_linear(
-            weight.shape[0], weight.shape[1], weight.dtype, bias=bias is not None
-        )
+        n, k = weight.shape
+        packed = self.empty_linear(n, k, float_format(weight.dtype), bias=bias is not None)
         self.fill_linear(packed, 0, weight, bias)
         return packed
 
     def unpack_linear(self, packed: ReferencePacked) -> Tensor:
         """See `Ops.unpack_linear`."""
-        return packed.weight.clone()
+        weight = packed.weight
+        return weight.dequant() if isinstance(weight, Quantized) else weight.clone()
 
     def linear(
         self, x: Tensor, packed: ReferencePacked, *, residual: Tensor | None = None
     ) -> Tensor:
         """See `Ops.linear`."""
-        weight = packed.weight.float()  # [N, K]
-        rows = x.shape[0]
-        padded = F.pad(x, (0, 0, 0, -rows % ROW_TILE))
-        tiles = [F.linear(tile, weight) for tile in torch.split(padded, ROW_TILE)]
-        if not tiles:
-            return x.new_empty(0, packed.out_features)
-        out = torch.cat(tiles)[:rows]
+        if isinstance(packed.weight, Quantized) and packed.format.activations == "int8":
+            out = quantized.linear(x, packed.weight, packed.format)
+        else:
+            weight = packed.dequant()  # [N, K]
+            padded = F.pad(x, (0, 0, 0, -x.shape[0] % ROW_TILE))
+            tiles = [F.linear(tile, weight) for tile in torch.split(padded, ROW_TILE)]
+            out = torch.cat([x.new_empty(0, weight.shape[0]), *tiles])[: x.shape[0]]
         if packed.bias is not None:
             out = out + packed.bias
         return out if residual is None else out + residual
 
     def embedding(self, token: Tensor, packed: ReferencePacked) -> Tensor:
         """See `Ops.embedding`."""
-        return packed.weight[token.long()].float()
+        held, at = packed.weight, token.long()
+        if not isinstance(held, Quantized):
+            return held[at].float()
+        zeros = None if held.zeros is None else held.zeros[at]
+        return Quantized(held.codes[at], held.scales[at], zeros).dequant()
 
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""

@@ -15,7 +15,7 @@ from coppice.models.mlp import FeedForward, GatedMLP
 from coppice.models.moe import ExpertMixture
 from coppice.models.plan import DecoderPlan, LayerPlan, Stack, bias_of, check_plan, make_plan
 from coppice.models.source import TensorSource
-from coppice.weights import Kind, Linear, Part
+from coppice.weights import BF16, Format, Linear, Part
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes to read), counted at the packed precision."""
@@ -26,7 +26,7 @@ def build_weights(
     source: TensorSource,
     ops: Ops,
     *,
-    kind: Kind,
+    format: Format,
     progress: Progress | None = None,
 ) -> DecoderWeights:
     """Check the whole checkpoint against ``config``, then read and pack it.
@@ -39,7 +39,7 @@ def build_weights(
     plan = make_plan(config, set(source.names()))
     check_plan(plan, source)
     _check_tie(plan, source)
-    return _Builder(config, source, ops, kind, _Meter(plan, kind, progress)).decoder(plan)
+    return _Builder(config, source, ops, format, _Meter(plan, format, progress)).decoder(plan)
 
 
 def _check_tie(plan: DecoderPlan, source: TensorSource) -> None:
@@ -60,9 +60,9 @@ def _check_tie(plan: DecoderPlan, source: TensorSource) -> None:
 class _Meter:
     """Counts bytes as tensors are consumed."""
 
-    def __init__(self, plan: DecoderPlan, kind: Kind, progress: Progress | None) -> None:
+    def __init__(self, plan: DecoderPlan, format: Format, progress: Progress | None) -> None:
         self._report = progress
-        self._item = 2 if kind == "bf16" else 4
+        self._item = 2 if format == BF16 else 4
         self._done = 0
         self._total = self._item * sum(
             torch.Size(shape).numel() for shape in plan.tensors().values()
@@ -78,13 +78,13 @@ class _Builder:
     """Reads what a plan asks for."""
 
     def __init__(
-        self, config: ModelConfig, source: TensorSource, ops: Ops, kind: Kind, meter: _Meter
+        self, config: ModelConfig, source: TensorSource, ops: Ops, format: Format, meter: _Meter
     ) -> None:
         self._config = config
         self._source = source
         self._ops = ops
-        self._kind: Kind = kind
-        self._dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+        self._format = format
+        self._dtype = format.dtype if not format.quantized else torch.float32
         self._meter = meter
         self._whole: tuple[str, Tensor] | None = None
 
@@ -136,7 +136,7 @@ class _Builder:
             stack.name,
             self._parts(stack),
             shape=(stack.out_features, stack.in_features),
-            kind=self._kind,
+            format=self._format,
             bias=stack.bias,
         )
 

@@ -15,7 +15,7 @@ from coppice.models.config import LayerSpec, ModelConfig
 from coppice.models.kv import KVLayout, KVPages
 from coppice.models.mlp import FeedForward
 from coppice.models.rope import RopeTable
-from coppice.weights import Linear
+from coppice.weights import F32, Linear
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class Decoder:
         self.weights = weights
         self.max_context = min(max_context or config.max_position, config.max_position)
         self._ops = ops
-        dtype = torch.bfloat16 if weights.embedding.kind == "bf16" else torch.float32
+        dtype = torch.float32 if weights.embedding.format == F32 else torch.bfloat16
         self._kv_dtype = dtype
         self._scale = _rounded(math.sqrt(config.hidden_size), dtype, config.scale_embedding)
         specs = (*config.ropes, None)  # the last one for layers without positions

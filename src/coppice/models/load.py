@@ -23,10 +23,10 @@ from coppice.models.locate import BUNDLED, locate
 from coppice.models.plan import make_plan
 from coppice.models.registry import read_config
 from coppice.models.source import TensorSource
-from coppice.weights import Kind
+from coppice.weights import BF16, F32, Format
 
 DType = Literal["auto", "float32", "bfloat16"]
-_KINDS: dict[str, Kind] = {"float32": "f32", "bfloat16": "bf16"}
+_FORMATS: dict[str, Format] = {"float32": F32, "bfloat16": BF16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ def load_model(
             Nothing stays open or resident then.
         ConfigError: ``dtype`` is none of the three.
     """
-    if dtype not in ("auto", *_KINDS):
+    if dtype not in ("auto", *_FORMATS):
         raise ConfigError(f"dtype {dtype!r} is unknown; use auto, float32 or bfloat16.")
     path = locate(model)
     if path.suffix == ".gguf":
@@ -124,7 +124,7 @@ def _load(
         )
     if dtype == "auto":
         dtype = "bfloat16" if source.native_dtype() == torch.bfloat16 else "float32"
-    weights = build_weights(config, source, ops, kind=_KINDS[dtype], progress=progress)
+    weights = build_weights(config, source, ops, format=_FORMATS[dtype], progress=progress)
     decoder = Decoder(config, weights, ops, max_context=max_context)
     shapes = make_plan(config, set(source.names())).tensors().values()
     return LoadedModel(

@@ -4,6 +4,7 @@ Owns how a weight is stored and applied. Refuses to know what a layer is for. In
 `Linear` gives the same bits for a row whatever rows stand beside it.
 """
 
-from coppice.weights.linear import Kind, Linear, Part
+from coppice.kernels.formats import BF16, F32, Format, Quantized
+from coppice.weights.linear import Linear, Part
 
-__all__ = ["Kind", "Linear", "Part"]
+__all__ = ["BF16", "F32", "Format", "Linear", "Part", "Quantized"]

@@ -1,29 +1,32 @@
 """A linear layer that knows how its weight is stored.
 
-Callers see `Linear` only: rows in, rows out. The storage kind ("f32", "bf16", later int8,
-int4, low-rank) is a property, not a type callers branch on.
+Callers see `Linear` only: rows in, rows out. The storage `Format` (float32, bfloat16, int8,
+int4) is a property, not a type callers branch on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from coppice.errors import CheckpointError
+from coppice.kernels.formats import Format, Quantized, float_format
 from coppice.kernels.interface import Ops, PackedLinear
 
-Kind = Literal["f32", "bf16"]
+CODES = {(8, False): (-127, 127), (4, False): (-8, 7), (4, True): (0, 15)}
+"""Least and greatest code, by bits and whether there are zero points."""
 
-DTYPES: dict[Kind, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
+ZEROS = (0, 15)
+"""Least and greatest zero point."""
 
 
 class Part(NamedTuple):
     """Consecutive output features of a layer: ``weight [n, K]`` and its bias, if any."""
 
-    weight: Tensor
+    weight: Tensor | Quantized
     bias: Tensor | None = None
 
 
@@ -34,17 +37,17 @@ class Linear:
 
     Attributes:
         name: the checkpoint's name of the layer, for messages.
-        kind: how the weight is stored.
+        format: how the weight is stored.
         shape: ``(out_features, in_features)``.
     """
 
-    __slots__ = ("_ops", "_packed", "kind", "name", "shape")
+    __slots__ = ("_ops", "_packed", "format", "name", "shape")
 
     def __init__(
-        self, name: str, kind: Kind, shape: tuple[int, int], ops: Ops, packed: PackedLinear
+        self, name: str, format: Format, shape: tuple[int, int], ops: Ops, packed: PackedLinear
     ) -> None:
         self.name = name
-        self.kind = kind
+        self.format = format
         self.shape = shape
         self._ops = ops
         self._packed = packed
@@ -57,7 +60,7 @@ class Linear:
         parts: Iterable[Part],
         *,
         shape: tuple[int, int],
-        kind: Kind,
+        format: Format,
         bias: bool = False,
     ) -> Linear:
         """Pack parts, stacked over output features (q, k, v; gate, up), into one layer.
@@ -66,20 +69,27 @@ class Linear:
         loading needs little more memory than the packed layer itself.
 
         Raises:
-            CheckpointError: a part has the wrong shape, or the parts do not add up.
+            CheckpointError: a part has the wrong shape, does not match the format, or the
+                parts do not add up.
         """
-        packed = ops.empty_linear(*shape, DTYPES[kind], bias=bias)
+        if format.group and shape[1] % format.group:
+            raise CheckpointError(
+                f"{name}: {shape[1]} inputs do not divide into the groups of {format.group} "
+                f"that {format.name} needs; choose a smaller group or int8."
+            )
+        packed = ops.empty_linear(*shape, format, bias=bias)
         row = 0
         for part in parts:
-            _check(name, part, shape=shape, row=row, has_bias=bias)
+            rows = _check(name, part, format=format, room=(shape[0] - row, shape[1]))
+            _check_bias(name, part.bias, rows=rows, has_bias=bias)
             ops.fill_linear(packed, row, part.weight, part.bias)
-            row += part.weight.shape[0]
+            row += rows
         if row != shape[0]:
             raise CheckpointError(
                 f"{name}: its parts have {row} output features where the configuration says "
                 f"{shape[0]}; check that config.json belongs to these weights."
             )
-        return cls(name, kind, shape, ops, packed)
+        return cls(name, format, shape, ops, packed)
 
     @classmethod
     def from_tensor(
@@ -89,19 +99,23 @@ class Linear:
         weight: Tensor,
         *,
         bias: Tensor | None = None,
-        kind: Kind | None = None,
+        format: Format | None = None,
     ) -> Linear:
-        """Pack one ``[N, K]`` tensor; ``kind`` defaults to the tensor's own precision."""
-        if kind is None:
-            kind = "bf16" if weight.dtype == torch.bfloat16 else "f32"
+        """Pack one ``[N, K]`` float tensor; ``format`` defaults to its own precision."""
         shape = (weight.shape[0], weight.shape[1])
+        format = format or float_format(weight.dtype)
         parts = [Part(weight, bias)]
-        return cls.pack(ops, name, parts, shape=shape, kind=kind, bias=bias is not None)
+        return cls.pack(ops, name, parts, shape=shape, format=format, bias=bias is not None)
 
     @property
     def nbytes(self) -> int:
         """Bytes the packed weight and bias hold."""
         return int(self._packed.nbytes)
+
+    @property
+    def packed(self) -> PackedLinear:
+        """The weight in its backend's layout, for that backend alone."""
+        return self._packed
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x [T, K]`` float32 to ``[T, N]`` float32, ``residual [T, N]`` added if given."""
@@ -116,22 +130,65 @@ class Linear:
         return self._ops.unpack_linear(self._packed).float()
 
     def __repr__(self) -> str:
-        return f"Linear({self.name}, {self.shape[0]}x{self.shape[1]}, {self.kind})"
+        return f"Linear({self.name}, {self.shape[0]}x{self.shape[1]}, {self.format.name})"
 
 
-def _check(name: str, part: Part, *, shape: tuple[int, int], row: int, has_bias: bool) -> None:
-    """Refuse a part that would not fit where it is about to be packed."""
-    weight, bias = part
-    wanted = f"{name}: expected a [<= {shape[0] - row}, {shape[1]}] float weight"
-    if weight.dim() != 2 or weight.shape[1] != shape[1] or row + weight.shape[0] > shape[0]:  # noqa: PLR2004
+def _check(name: str, part: Part, *, format: Format, room: tuple[int, int]) -> int:
+    """Refuse a part that would not fit where it is about to be packed; its output features."""
+    weight = part.weight
+    values = weight.codes if isinstance(weight, Quantized) else weight
+    wanted = f"{name}: expected a [<= {room[0]}, {room[1]}] {format.name} weight"
+    if values.dim() != 2 or values.shape[1] != room[1] or values.shape[0] > room[0]:  # noqa: PLR2004
         raise CheckpointError(
-            f"{wanted}, found {list(weight.shape)}; is config.json of these weights?"
+            f"{wanted}, found {list(values.shape)}; is config.json of these weights?"
         )
-    if not weight.is_floating_point():
+    if isinstance(weight, Quantized) != format.quantized:
+        found = "floats; quantize them first" if format.quantized else "integer codes"
+        raise CheckpointError(f"{wanted}, found {found} (see `coppice quantize --help`).")
+    if isinstance(weight, Quantized):
+        problem = _contradiction(weight, format)
+        if problem:
+            raise CheckpointError(f"{wanted}, but {problem}; is the checkpoint damaged?")
+    elif not weight.is_floating_point():
         raise CheckpointError(f"{wanted}, found {weight.dtype}; use a float checkpoint.")
-    if (bias is not None) != has_bias or (bias is not None and bias.shape != weight.shape[:1]):
+    return values.shape[0]
+
+
+def _contradiction(weight: Quantized, format: Format) -> str | None:
+    """What about a quantized weight does not match its format, in words."""
+    codes, scales, zeros = weight
+    shape = (codes.shape[0], format.num_groups(codes.shape[1]))
+    if codes.dtype != torch.int8:
+        return f"its codes are {codes.dtype}, not int8"
+    if scales.shape != shape or not scales.is_floating_point():
+        return f"its scales are {scales.dtype} {list(scales.shape)}, not float {list(shape)}"
+    if (zeros is not None) != format.zero_points:
+        return f"its zero points are {'missing' if zeros is None else 'not wanted'}"
+    if zeros is not None and (zeros.shape != shape or zeros.dtype != torch.int8):
+        return f"its zero points are {zeros.dtype} {list(zeros.shape)}, not int8 {list(shape)}"
+    least, most = CODES[format.bits, format.zero_points]
+    if not _within(codes, least, most):
+        return f"its codes leave the range {least} to {most}"
+    if zeros is not None and not _within(zeros, *ZEROS):
+        return f"its zero points leave the range {ZEROS[0]} to {ZEROS[1]}"
+    if not _within(scales, *(s * torch.finfo(format.scale_dtype).max for s in (-1, 1))):
+        return f"its scales are not finite in {format.scale_dtype}"
+    return None
+
+
+def _within(values: Tensor, least: float, most: float) -> bool:
+    """Whether all elements lie in a closed range; NaN does not."""
+    if values.numel() == 0:
+        return True
+    low, high = values.aminmax()
+    return bool(low >= least) and bool(high <= most)
+
+
+def _check_bias(name: str, bias: Tensor | None, *, rows: int, has_bias: bool) -> None:
+    """Refuse a bias that is missing, not expected or not of its weight's length."""
+    if (bias is not None) != has_bias or (bias is not None and bias.shape != (rows,)):
         found = "none" if bias is None else str(list(bias.shape))
         raise CheckpointError(
-            f"{name}: bias {found} does not match its weight {list(weight.shape)}; "
+            f"{name}: bias {found} does not match its weight's {rows} output features; "
             "check that config.json belongs to these weights."
         )

@@ -5,6 +5,7 @@ import torch
 
 from coppice import kernels
 from coppice.errors import EngineError
+from coppice.kernels.formats import BF16
 from tests.unit.kernels.exact import linear
 
 SHAPES = [(16, 16), (64, 48), (37, 7), (1, 1), (100, 1000), (272, 255), (896, 257)]
@@ -115,7 +116,7 @@ def test_bfloat16_rounding_is_to_nearest_even(native):
     weight = bits.view(torch.float32).nan_to_num(0.0, 3e38, -3e38)
     ties = torch.arange(96, dtype=torch.int32) * 0x10000 + 0x3F808000
     weight[0] = ties.view(torch.float32)
-    packed = native.empty_linear(64, 96, torch.bfloat16)
+    packed = native.empty_linear(64, 96, BF16)
     native.fill_linear(packed, 0, weight)
     assert torch.equal(native.unpack_linear(packed), weight.bfloat16())
 

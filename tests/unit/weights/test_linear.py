@@ -5,7 +5,7 @@ import torch
 
 from coppice.errors import CheckpointError
 from coppice.kernels import get_ops
-from coppice.weights import Linear, Part
+from coppice.weights import BF16, F32, Format, Linear, Part, Quantized
 
 
 @pytest.fixture(params=["reference", "native"])
@@ -15,14 +15,14 @@ def ops(request):
     return get_ops("cpu", prefer=request.param)
 
 
-@pytest.mark.parametrize("kind", ["f32", "bf16"])
+@pytest.mark.parametrize("format", [F32, BF16])
 @pytest.mark.parametrize("sizes", [(32, 16, 16), (33, 7, 7), (5,)])
-def test_parts_equal_concatenation(ops, kind, sizes):
+def test_parts_equal_concatenation(ops, format, sizes):
     torch.manual_seed(0)
-    dtype = torch.float32 if kind == "f32" else torch.bfloat16
+    dtype = torch.float32 if format == F32 else torch.bfloat16
     parts = [Part(torch.randn(n, 40).to(dtype), torch.randn(n)) for n in sizes]
     layer = Linear.pack(
-        ops, "qkv", (p for p in parts), shape=(sum(sizes), 40), kind=kind, bias=True
+        ops, "qkv", (p for p in parts), shape=(sum(sizes), 40), format=format, bias=True
     )
     whole = torch.cat([p.weight for p in parts]).float()
     assert torch.equal(layer.dequant(), whole)
@@ -38,7 +38,7 @@ def test_parts_equal_concatenation(ops, kind, sizes):
 def test_gather_returns_weight_rows(ops):
     weight = torch.randn(37, 24).bfloat16()
     layer = Linear.from_tensor(ops, "embed", weight)
-    assert layer.kind == "bf16"
+    assert layer.format == BF16
     token = torch.tensor([36, 0, 5, 5], dtype=torch.int32)
     assert torch.equal(layer.gather(token), weight[token.long()].float())
 
@@ -46,13 +46,13 @@ def test_gather_returns_weight_rows(ops):
 def test_float16_checkpoint_becomes_float32_exactly(ops):
     weight = torch.randn(20, 8).half()
     layer = Linear.from_tensor(ops, "w", weight)
-    assert layer.kind == "f32"
+    assert layer.format == F32
     assert torch.equal(layer.dequant(), weight.float())
 
 
 def test_packing_rounds_float32_to_nearest_even_bfloat16(ops):
     weight = torch.randn(50, 33) * torch.logspace(-6, 6, 33)
-    layer = Linear.from_tensor(ops, "w", weight, kind="bf16")
+    layer = Linear.from_tensor(ops, "w", weight, format=BF16)
     assert torch.equal(layer.dequant(), weight.bfloat16().float())
 
 
@@ -78,4 +78,52 @@ def test_source_may_change_after_packing(ops):
 )
 def test_contradicting_parts_are_refused(ops, parts, bias):
     with pytest.raises(CheckpointError, match="layer0"):
-        Linear.pack(ops, "layer0", parts, shape=(8, 4), kind="f32", bias=bias)
+        Linear.pack(ops, "layer0", parts, shape=(8, 4), format=F32, bias=bias)
+
+
+INT8 = Format(name="int8", bits=8, activations="int8")
+INT4 = Format(name="int4-g32", bits=4, group=32, activations="int8")
+ASYMMETRIC = Format(name="int4-g32", bits=4, group=32, zero_points=True)
+
+
+def quantized(rows=4, groups=2, value=3, scale=1.0, zeros=None):
+    codes = torch.full((rows, 64), value, dtype=torch.int8)
+    found = None if zeros is None else torch.full((rows, groups), zeros, dtype=torch.int8)
+    return Quantized(codes, torch.full((rows, groups), scale), found)
+
+
+@pytest.mark.parametrize(
+    ("format", "weight", "message"),
+    [
+        (INT4, torch.zeros(4, 64), "floats; quantize"),
+        (F32, quantized(), "integer codes"),
+        (INT4, quantized()._replace(codes=torch.zeros(4, 64)), "not int8"),
+        (INT4, quantized(value=8), "range -8 to 7"),
+        (INT8, quantized(groups=1, value=-128), "range -127 to 127"),
+        (INT4, quantized(groups=1), r"scales are torch.float32 \[4, 1\]"),
+        (INT4, quantized(scale=float("nan")), "not finite"),
+        (INT4, quantized(scale=1e5), "not finite in torch.float16"),
+        (INT4, quantized(zeros=3), "not wanted"),
+        (ASYMMETRIC, quantized(), "missing"),
+        (ASYMMETRIC, quantized(zeros=16), "zero points leave"),
+        (ASYMMETRIC, quantized(groups=1, zeros=3), "scales"),
+        (INT4, quantized(rows=5), "expected a"),
+    ],
+)
+def test_contradicting_quantized_parts_are_refused(format, weight, message):
+    ops = get_ops(prefer="reference")
+    with pytest.raises(CheckpointError, match=message):
+        Linear.pack(ops, "layer0", [Part(weight)], shape=(4, 64), format=format)
+
+
+def test_groups_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(CheckpointError, match=r"layer0: 40 inputs .* groups of 32"):
+        Linear.pack(get_ops(prefer="reference"), "layer0", [], shape=(4, 40), format=INT4)
+
+
+def test_quantized_parts_make_one_layer():
+    parts = [quantized(2, value=1), quantized(2, value=-5, scale=0.5)]
+    ops = get_ops(prefer="reference")
+    layer = Linear.pack(ops, "qkv", map(Part, parts), shape=(4, 64), format=INT4)
+    assert torch.equal(layer.dequant(), torch.cat([part.dequant() for part in parts]))
+    assert layer.nbytes < 4 * 64 * 2

@@ -130,17 +130,18 @@ void set_num_threads(int threads) {
   pool_slot().swap(fresh);
 }
 
-void linear(LinearArgs a) {
+void linear(const Packed& w, const float* x, int64_t rows, const float* residual, float* out) {
   const Table& t = *chosen.load();
-  if (a.rows == 0) return;
-  const int64_t panels = (a.n + 15) / 16, threads = num_threads();
-  const bool few = a.rows <= t.few_rows;
-  const int64_t row_blocks = few ? 1 : (a.rows + t.row_block - 1) / t.row_block;
+  if (rows == 0) return;
+  LinearArgs a{w, x, residual, out, rows, 0, 0};
+  const int64_t panels = (w.n + 15) / 16, threads = num_threads();
+  const bool few = rows <= t.few_rows;
+  const int64_t row_blocks = few ? 1 : (rows + t.row_block - 1) / t.row_block;
   // About six tasks a thread: fine enough to end together, coarse enough to be cheap.
   const int64_t target = std::max<int64_t>(1, panels * row_blocks / (6 * threads));
   const int64_t quantum = few ? 4 : 2, most = few ? 64 : 16;
   a.panels_per_task = std::min(most, (target + quantum - 1) / quantum * quantum);
-  if (a.rows * a.n * a.k < 1 << 16) a.panels_per_task = few ? panels : most;
+  if (rows * w.n * w.k < 1 << 16) a.panels_per_task = few ? panels : most;
   a.panel_groups = (panels + a.panels_per_task - 1) / a.panels_per_task;
   parallel(a.panel_groups * row_blocks, t.linear_bytes,
            [&](int64_t task, float* scratch) { t.linear(a, task, scratch); });
@@ -149,7 +150,7 @@ void linear(LinearArgs a) {
 void pack(const PackArgs& a) {
   const Table& t = *chosen.load();
   const int64_t first_panel = a.first / 16, last_panel = (a.first + a.count - 1) / 16;
-  const int64_t row_bytes = a.k * (a.source_bf16 ? 2 : 4);
+  const int64_t row_bytes = a.w.k * (a.source_bf16 ? 2 : 4);
   parallel(a.count > 0 ? last_panel - first_panel + 1 : 0, 0, [&](int64_t task, float*) {
     PackArgs part = a;
     part.first = std::max(a.first, (first_panel + task) * 16);
@@ -159,12 +160,12 @@ void pack(const PackArgs& a) {
   });
 }
 
-void unpack(const PackArgs& a) { chosen.load()->unpack(a); }
+void unpack(const Packed& w, float* out) { chosen.load()->unpack(w, out); }
 
-void gather(const LinearArgs& a, const int32_t* token) {
-  for (int64_t i = 0; i < a.rows; ++i)
-    require(token[i] >= 0 && token[i] < a.n, "token id is outside the vocabulary");
-  chosen.load()->gather(a, token);
+void gather(const Packed& w, const int32_t* token, int64_t rows, float* out) {
+  for (int64_t i = 0; i < rows; ++i)
+    require(token[i] >= 0 && token[i] < w.n, "token id is outside the vocabulary");
+  chosen.load()->gather(w, token, rows, out);
 }
 
 void norm(const NormArgs& a) {

@@ -15,10 +15,12 @@ void set_isa(const std::string& name);  // throws std::invalid_argument
 int num_threads();
 void set_num_threads(int threads);
 
-void linear(LinearArgs args);
+// out [rows, n] = x [rows, k] W^T + bias (+ residual [rows, n], which may be null or out).
+void linear(const Packed& w, const float* x, int64_t rows, const float* residual, float* out);
 void pack(const PackArgs& args);
-void unpack(const PackArgs& args);
-void gather(const LinearArgs& args, const int32_t* token);
+void unpack(const Packed& w, float* out);  // [n, k]
+// Rows of W as float32 [rows, k]; throws std::out_of_range.
+void gather(const Packed& w, const int32_t* token, int64_t rows, float* out);
 void norm(const NormArgs& args);
 void gate(const GateArgs& args);
 void rope(const RopeArgs& args, int64_t max_position);

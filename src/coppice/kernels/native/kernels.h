@@ -8,22 +8,34 @@
 
 namespace coppice {
 
+// How a packed weight is stored; `ops.py` has the same numbers.
+enum Store : int { STORE_F32 = 0, STORE_BF16 = 1 };
+
+// A linear layer's weight in panels of sixteen output features, and its bias.
+struct Packed {
+  const void* data;    // [ceil(n/16)][k][16] floats
+  const void* scales;  // of quantized weights, else null
+  const void* zeros;   // likewise, where there are zero points
+  const float* bias;   // [ceil(n/16)*16] or null
+  int64_t n, k;        // output and input features
+  int64_t group;       // inputs that share a scale; 0: all
+  int format;          // a Store
+};
+
 struct LinearArgs {
+  Packed w;
   const float* x;         // [rows, k]
-  const void* weight;     // [ceil(n/16)][k][16], float32 or bfloat16
-  const float* bias;      // [ceil(n/16)*16] or null
   const float* residual;  // [rows, n] or null
   float* out;             // [rows, n]
-  int64_t rows, n, k;
-  bool is_bf16;
+  int64_t rows;
   int64_t panels_per_task, panel_groups;  // set by the planner
 };
 
 struct PackArgs {
+  Packed w;            // written, at output features first .. first + count
   const void* source;  // [count, k] row-major, float32 or bfloat16
-  void* weight;        // packed, as in LinearArgs
-  int64_t first, count, k;
-  bool source_bf16, is_bf16;
+  int64_t first, count;
+  bool source_bf16;
 };
 
 struct NormArgs {
@@ -97,8 +109,8 @@ struct Table {
   int64_t (*attention_bytes)(const AttentionArgs&);
   void (*linear)(const LinearArgs&, int64_t task, float* scratch);
   void (*pack)(const PackArgs&);
-  void (*unpack)(const PackArgs&);
-  void (*gather)(const LinearArgs&, const int32_t* token);
+  void (*unpack)(const Packed&, float* out);
+  void (*gather)(const Packed&, const int32_t* token, int64_t rows, float* out);
   void (*norm)(const NormArgs&, int64_t row);
   void (*gate)(const GateArgs&, int64_t row, int64_t begin, int64_t end);
   void (*rope)(const RopeArgs&, int64_t row, float* scratch);

@@ -100,11 +100,11 @@ static void multiply_all(int64_t rows, const float* x, int64_t x_stride, const T
 // Bias and residual, and the copy out of the tile where the last panel is not full.
 COPPICE_INLINE void finish(const LinearArgs& a, const float* tile, int64_t tile_stride,
                            int64_t row, int64_t rows, int64_t panel) {
-  const int64_t column = 16 * panel, width = min64(16, a.n - column);
+  const int64_t column = 16 * panel, width = min64(16, a.w.n - column);
   for (int64_t r = 0; r < rows; ++r) {
     V16 sum = load16(tile + r * tile_stride);
-    const int64_t at = (row + r) * a.n + column;
-    if (a.bias) sum = sum + load16(a.bias + column);
+    const int64_t at = (row + r) * a.w.n + column;
+    if (a.w.bias) sum = sum + load16(a.w.bias + column);
     if (width == 16) {
       if (a.residual) sum = sum + load16(a.residual + at);
       store16(a.out + at, sum);
@@ -119,15 +119,16 @@ COPPICE_INLINE void finish(const LinearArgs& a, const float* tile, int64_t tile_
 template <int R, class T>
 static void few_rows(const LinearArgs& a, int64_t begin, int64_t end) {
   constexpr int B = panels_for(R);
-  const T* w = static_cast<const T*>(a.weight);
+  const T* w = static_cast<const T*>(a.w.data);
+  const int64_t k = a.w.k;
   float tile[R * B * 16];
   int64_t p = begin;
   for (; p + B <= end; p += B) {
-    multiply<R, B, T>(a.x, a.k, w + p * a.k * 16, a.k * 16, a.k, tile, B * 16, false);
+    multiply<R, B, T>(a.x, k, w + p * k * 16, k * 16, k, tile, B * 16, false);
     for (int b = 0; b < B; ++b) finish(a, tile + 16 * b, B * 16, 0, R, p + b);
   }
   for (; p < end; ++p) {
-    multiply_tile<R, 1, T>(a.x, a.k, w + p * a.k * 16, a.k * 16, a.k, tile, 16, false);
+    multiply_tile<R, 1, T>(a.x, k, w + p * k * 16, k * 16, k, tile, 16, false);
     finish(a, tile, 16, 0, R, p);
   }
 }
@@ -135,10 +136,11 @@ static void few_rows(const LinearArgs& a, int64_t begin, int64_t end) {
 // Two tiles of rows: the second finds the panel in L2.
 template <class T>
 static void two_tiles(const LinearArgs& a, int64_t begin, int64_t end) {
-  const T* w = static_cast<const T*>(a.weight);
+  const T* w = static_cast<const T*>(a.w.data);
+  const int64_t k = a.w.k;
   float tile[2 * ROWS * 16];
   for (int64_t p = begin; p < end; ++p) {
-    multiply_all<1, T>(a.rows, a.x, a.k, w + p * a.k * 16, 0, a.k, tile, 16, false);
+    multiply_all<1, T>(a.rows, a.x, k, w + p * k * 16, 0, k, tile, 16, false);
     finish(a, tile, 16, 0, a.rows, p);
   }
 }
@@ -174,18 +176,19 @@ static void many_rows(const LinearArgs& a, int64_t row, int64_t rows, int64_t be
   float* x = scratch;                         // [ROW_BLOCK][X_STRIDE]
   float* panel = x + ROW_BLOCK * X_STRIDE;    // [WIDE][K_BLOCK][16]
   float* sums = panel + WIDE * K_BLOCK * 16;  // [panels / WIDE][ROW_BLOCK][WIDE * 16]
-  const T* weight = static_cast<const T*>(a.weight);
-  for (int64_t k0 = 0; k0 < a.k; k0 += K_BLOCK) {
-    const int64_t kc = min64(K_BLOCK, a.k - k0);
+  const T* weight = static_cast<const T*>(a.w.data);
+  const int64_t k = a.w.k;
+  for (int64_t k0 = 0; k0 < k; k0 += K_BLOCK) {
+    const int64_t kc = min64(K_BLOCK, k - k0);
     for (int64_t r = 0; r < rows; ++r)
-      memcpy(x + r * X_STRIDE, a.x + (row + r) * a.k + k0, kc * sizeof(float));
+      memcpy(x + r * X_STRIDE, a.x + (row + r) * k + k0, kc * sizeof(float));
     for (int64_t p = begin; p < end; p += WIDE) {
       float* out = sums + (p - begin) * ROW_BLOCK * 16;
-      const T* w = weight + (p * a.k + k0) * 16;
+      const T* w = weight + (p * k + k0) * 16;
       if (end - p >= WIDE)
-        panel_block<WIDE, T>(rows, x, w, a.k * 16, kc, panel, out, k0 > 0);
+        panel_block<WIDE, T>(rows, x, w, k * 16, kc, panel, out, k0 > 0);
       else
-        panel_block<1, T>(rows, x, w, a.k * 16, kc, panel, out, k0 > 0);
+        panel_block<1, T>(rows, x, w, k * 16, kc, panel, out, k0 > 0);
     }
   }
   for (int64_t p = begin; p < end; ++p) {
@@ -199,16 +202,17 @@ constexpr int64_t LINEAR_FLOATS =
     ROW_BLOCK * X_STRIDE + WIDE * K_BLOCK * 16 + MAX_PANELS * ROW_BLOCK * 16;
 
 static void linear(const LinearArgs& a, int64_t task, float* scratch) {
-  const int64_t panels = (a.n + 15) / 16;
+  const int64_t panels = (a.w.n + 15) / 16;
   const int64_t begin = task % a.panel_groups * a.panels_per_task;
   const int64_t end = min64(panels, begin + a.panels_per_task);
+  const bool is_bf16 = a.w.format == STORE_BF16;
   if (a.rows <= FEW_ROWS) {
-    if (a.is_bf16) return few_rows_any<bf16>(a, begin, end);
+    if (is_bf16) return few_rows_any<bf16>(a, begin, end);
     return few_rows_any<float>(a, begin, end);
   }
   const int64_t row = task / a.panel_groups * ROW_BLOCK;
   const int64_t rows = min64(ROW_BLOCK, a.rows - row);
-  if (a.is_bf16) return many_rows<bf16>(a, row, rows, begin, end, scratch);
+  if (is_bf16) return many_rows<bf16>(a, row, rows, begin, end, scratch);
   many_rows<float>(a, row, rows, begin, end, scratch);
 }
 
@@ -219,46 +223,43 @@ COPPICE_INLINE float read_element(const void* p, int64_t i, bool is_bf16) {
 // Rows of one panel; k in short blocks, so that the lines written stay in L1.
 static void pack(const PackArgs& a) {
   constexpr int64_t BLOCK = 64;
-  for (int64_t j0 = 0; j0 < a.k; j0 += BLOCK) {
-    const int64_t end = min64(a.k, j0 + BLOCK);
+  const int64_t k = a.w.k;
+  void* weight = const_cast<void*>(a.w.data);
+  for (int64_t j0 = 0; j0 < k; j0 += BLOCK) {
+    const int64_t end = min64(k, j0 + BLOCK);
     for (int64_t i = 0; i < a.count; ++i) {
-      const int64_t n = a.first + i, base = n / 16 * a.k * 16;
+      const int64_t n = a.first + i, base = n / 16 * k * 16;
       const int lane = (int)(n % 16), place = packed_place(lane);
       for (int64_t j = j0; j < end; ++j) {
-        const float value = read_element(a.source, i * a.k + j, a.source_bf16);
-        if (a.is_bf16)
-          static_cast<bf16*>(a.weight)[base + j * 16 + place] = to_bf16(value);
+        const float value = read_element(a.source, i * k + j, a.source_bf16);
+        if (a.w.format == STORE_BF16)
+          static_cast<bf16*>(weight)[base + j * 16 + place] = to_bf16(value);
         else
-          static_cast<float*>(a.weight)[base + j * 16 + lane] = value;
+          static_cast<float*>(weight)[base + j * 16 + lane] = value;
       }
     }
   }
 }
 
 // Row n of the matrix, back in float32 order.
-COPPICE_INLINE void unpack_row(const void* weight, bool is_bf16, int64_t k, int64_t n,
-                               float* out) {
-  const int64_t base = n / 16 * k * 16;
+COPPICE_INLINE void unpack_row(const Packed& p, int64_t n, float* out) {
+  const int64_t base = n / 16 * p.k * 16;
   const int lane = (int)(n % 16), place = packed_place(lane);
-  if (is_bf16) {
-    const bf16* w = static_cast<const bf16*>(weight) + base + place;
-    for (int64_t j = 0; j < k; ++j) out[j] = to_float(w[16 * j]);
+  if (p.format == STORE_BF16) {
+    const bf16* w = static_cast<const bf16*>(p.data) + base + place;
+    for (int64_t j = 0; j < p.k; ++j) out[j] = to_float(w[16 * j]);
   } else {
-    const float* w = static_cast<const float*>(weight) + base + lane;
-    for (int64_t j = 0; j < k; ++j) out[j] = w[16 * j];
+    const float* w = static_cast<const float*>(p.data) + base + lane;
+    for (int64_t j = 0; j < p.k; ++j) out[j] = w[16 * j];
   }
 }
 
-// The inverse of pack, to float32: `source` is written.
-static void unpack(const PackArgs& a) {
-  float* out = static_cast<float*>(const_cast<void*>(a.source));
-  for (int64_t i = 0; i < a.count; ++i)
-    unpack_row(a.weight, a.is_bf16, a.k, a.first + i, out + i * a.k);
+static void unpack(const Packed& w, float* out) {
+  for (int64_t i = 0; i < w.n; ++i) unpack_row(w, i, out + i * w.k);
 }
 
-static void gather(const LinearArgs& a, const int32_t* token) {
-  for (int64_t i = 0; i < a.rows; ++i)
-    unpack_row(a.weight, a.is_bf16, a.k, token[i], a.out + i * a.k);
+static void gather(const Packed& w, const int32_t* token, int64_t rows, float* out) {
+  for (int64_t i = 0; i < rows; ++i) unpack_row(w, token[i], out + i * w.k);
 }
 
 }  // namespace COPPICE_ISA

@@ -37,34 +37,30 @@ void advise_huge(Address begin, int64_t bytes) {
 }
 
 void bind_linear(nb::module_& m) {
+  nb::class_<coppice::Packed>(m, "Packed", "Addresses and shape of one packed weight.")
+      .def("__init__", [](coppice::Packed* self, Address data, Address scales, Address zeros,
+                          Address bias, int64_t n, int64_t k, int64_t group, int format) {
+        new (self) coppice::Packed{at<void>(data), at<void>(scales), at<void>(zeros), at(bias),
+                                   n,              k,                group,           format};
+      });
   m.def(
       "linear",
-      [](Address x, Address weight, Address bias, Address residual, Address out, int64_t rows,
-         int64_t n, int64_t k, bool is_bf16) {
-        coppice::linear({at(x), at<void>(weight), at(bias), at(residual), at(out), rows, n, k,
-                         is_bf16, 0, 0});
+      [](const coppice::Packed& w, Address x, Address residual, Address out, int64_t rows) {
+        coppice::linear(w, at(x), rows, at(residual), at(out));
       },
       Unlocked());
   m.def(
       "pack",
-      [](Address source, Address weight, int64_t first, int64_t count, int64_t k,
-         bool source_bf16, bool is_bf16) {
-        coppice::pack({at<void>(source), at<void>(weight), first, count, k, source_bf16, is_bf16});
-      },
+      [](const coppice::Packed& w, Address source, bool source_bf16, int64_t first,
+         int64_t count) { coppice::pack({w, at<void>(source), first, count, source_bf16}); },
       Unlocked());
   m.def(
-      "unpack",
-      [](Address out, Address weight, int64_t first, int64_t count, int64_t k, bool is_bf16) {
-        coppice::unpack({at<void>(out), at<void>(weight), first, count, k, false, is_bf16});
-      },
+      "unpack", [](const coppice::Packed& w, Address out) { coppice::unpack(w, at(out)); },
       Unlocked());
   m.def(
       "gather",
-      [](Address token, Address weight, Address out, int64_t rows, int64_t n, int64_t k,
-         bool is_bf16) {
-        coppice::gather({nullptr, at<void>(weight), nullptr, nullptr, at(out), rows, n, k,
-                         is_bf16, 0, 0},
-                        at<int32_t>(token));
+      [](const coppice::Packed& w, Address token, Address out, int64_t rows) {
+        coppice::gather(w, at<int32_t>(token), rows, at(out));
       },
       Unlocked());
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coppice.errors import EngineError
 from coppice.kernels import _native
+from coppice.kernels.formats import Format, Quantized, float_format
 from coppice.kernels.interface import Activation, QKNorm
 from coppice.kernels.rows import Rows
 
@@ -25,22 +26,27 @@ HUGE_BYTES = 4 << 20
 FILL_ROWS = 512
 """Rows converted at a time while packing a tensor of a foreign type or stride."""
 
+_STORES = {32: 0, 16: 1}
+"""`Store` of kernels.h, by bits."""
+
 _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 _QK_NORMS: dict[QKNorm, int] = {"none": 0, "head": 1, "full": 2}
 
 
 @dataclass(slots=True)
 class NativePacked:
-    """A weight in panels, ``[ceil(N / 16)][K][16]``, and its bias padded alike."""
+    """A weight in panels, ``[ceil(N / 16)][K][16]``, and its bias padded alike.
+
+    Attributes:
+        native: the addresses, for the extension; valid as long as this object lives.
+    """
 
     data: Tensor
     bias: Tensor | None
     out_features: int
     in_features: int
-    dtype: torch.dtype
-    is_bf16: bool
-    address: int
-    bias_address: int
+    format: Format
+    native: _native.Packed
 
     @property
     def nbytes(self) -> int:
@@ -58,11 +64,15 @@ class NativeOps:
         self._row_arrays: _native.RowArrays | None = None
 
     def empty_linear(
-        self, out_features: int, in_features: int, dtype: torch.dtype, *, bias: bool = False
+        self, out_features: int, in_features: int, format: Format, *, bias: bool = False
     ) -> NativePacked:
         """See `Ops.empty_linear`."""
+        if format.bits not in _STORES:
+            raise EngineError(
+                f"The native kernels do not know format {format.name} yet; use the reference ones."
+            )
         padded = -(-out_features // LANES) * LANES
-        data = torch.empty(padded * in_features, dtype=dtype)
+        data = torch.empty(padded * in_features, dtype=format.dtype)
         if data.nbytes >= HUGE_BYTES:
             _native.advise_huge(data.data_ptr(), data.nbytes)
         data.zero_()
@@ -72,16 +82,29 @@ class NativeOps:
             bias=bias_row,
             out_features=out_features,
             in_features=in_features,
-            dtype=dtype,
-            is_bf16=dtype == torch.bfloat16,
-            address=data.data_ptr(),
-            bias_address=0 if bias_row is None else bias_row.data_ptr(),
+            format=format,
+            native=_native.Packed(
+                data.data_ptr(),
+                0,
+                0,
+                0 if bias_row is None else bias_row.data_ptr(),
+                out_features,
+                in_features,
+                format.group,
+                _STORES[format.bits],
+            ),
         )
 
     def fill_linear(
-        self, packed: NativePacked, row: int, weight: Tensor, bias: Tensor | None = None
+        self,
+        packed: NativePacked,
+        row: int,
+        weight: Tensor | Quantized,
+        bias: Tensor | None = None,
     ) -> None:
         """See `Ops.fill_linear`."""
+        if isinstance(weight, Quantized):
+            raise EngineError(f"A layer of format {packed.format.name} takes float weights.")
         rows, width = weight.shape
         if width != packed.in_features or row + rows > packed.out_features:
             raise EngineError(f"A {rows}x{width} part does not fit its layer at row {row}.")
@@ -89,15 +112,8 @@ class NativeOps:
             part = weight[first : first + FILL_ROWS].contiguous()
             if part.dtype not in (torch.float32, torch.bfloat16):
                 part = part.float()
-            _native.pack(
-                part.data_ptr(),
-                packed.address,
-                row + first,
-                part.shape[0],
-                width,
-                part.dtype == torch.bfloat16,
-                packed.is_bf16,
-            )
+            is_bf16 = part.dtype == torch.bfloat16
+            _native.pack(packed.native, part.data_ptr(), is_bf16, row + first, part.shape[0])
         if bias is not None:
             if packed.bias is None:
                 raise EngineError("The layer was made without a bias.")
@@ -106,17 +122,16 @@ class NativeOps:
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> NativePacked:
         """See `Ops.pack_linear`."""
         packed = self.empty_linear(
-            weight.shape[0], weight.shape[1], weight.dtype, bias=bias is not None
+            weight.shape[0], weight.shape[1], float_format(weight.dtype), bias=bias is not None
         )
         self.fill_linear(packed, 0, weight, bias)
         return packed
 
     def unpack_linear(self, packed: NativePacked) -> Tensor:
         """See `Ops.unpack_linear`."""
-        rows, width = packed.out_features, packed.in_features
-        out = torch.empty(rows, width)
-        _native.unpack(out.data_ptr(), packed.address, 0, rows, width, packed.is_bf16)
-        return out.to(packed.dtype)
+        out = torch.empty(packed.out_features, packed.in_features)
+        _native.unpack(packed.native, out.data_ptr())
+        return out.to(packed.format.dtype)
 
     def linear(self, x: Tensor, packed: NativePacked, *, residual: Tensor | None = None) -> Tensor:
         """See `Ops.linear`."""
@@ -130,32 +145,14 @@ class NativeOps:
             residual = _ready(residual, rows * n)
             residual_address = residual.data_ptr()
         out = torch.empty(rows, n)
-        _native.linear(
-            x.data_ptr(),
-            packed.address,
-            packed.bias_address,
-            residual_address,
-            out.data_ptr(),
-            rows,
-            n,
-            width,
-            packed.is_bf16,
-        )
+        _native.linear(packed.native, x.data_ptr(), residual_address, out.data_ptr(), rows)
         return out
 
     def embedding(self, token: Tensor, packed: NativePacked) -> Tensor:
         """See `Ops.embedding`."""
         token = token.to(torch.int32).contiguous()
         out = torch.empty(token.shape[0], packed.in_features)
-        _native.gather(
-            token.data_ptr(),
-            packed.address,
-            out.data_ptr(),
-            token.shape[0],
-            packed.out_features,
-            packed.in_features,
-            packed.is_bf16,
-        )
+        _native.gather(packed.native, token.data_ptr(), out.data_ptr(), token.shape[0])
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
