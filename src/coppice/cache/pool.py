@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,22 @@ class KVPool:
         for k, v in zip(self.k, self.v, strict=True):
             k[dst].copy_(k[src])
             v[dst].copy_(v[src])
+
+    def move(self, pages: Sequence[int], moves: Sequence[tuple[int, int]]) -> None:
+        """Copy K and V of token indexes of one sequence, all read before any is written.
+
+        Args:
+            pages: the sequence's pages.
+            moves: ``(from, to)`` token indexes.
+        """
+        size = self.layout.page_size
+        table = torch.tensor(list(pages))
+        src, dst = torch.tensor(list(moves)).unbind(1)
+        from_page, from_at, to_page, to_at = (
+            table[src // size],
+            src % size,
+            table[dst // size],
+            dst % size,
+        )
+        for store in (*self.k, *self.v):
+            store[to_page, :, to_at] = store[from_page, :, from_at]

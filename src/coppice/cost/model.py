@@ -64,6 +64,12 @@ class StepCost:
             return 0.0
         return max(0.0, (self._y - self.per_row_s * self._x) / self._n)
 
+    def time(self, num_rows: int) -> float:
+        """Expected seconds of a step of so many rows."""
+        if self._curve is not None:
+            return self.scale * self._curve.time(num_rows)
+        return self.base_s + self.per_row_s * num_rows
+
     def rows_within(self, seconds: float, most: int) -> int:
         """Rows a step may have to end within ``seconds``; at least 1, at most ``most``."""
         if self._curve is not None:

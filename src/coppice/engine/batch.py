@@ -7,6 +7,7 @@ import torch
 
 from coppice.engine.sequence import Sequence
 from coppice.kernels.rows import Rows
+from coppice.speculation import DraftTree
 
 
 class BatchLayout:
@@ -51,12 +52,17 @@ class BatchLayout:
         self._num_rows = 0
         self._num_logits = 0
 
-    def add(self, sequence: Sequence, num_rows: int) -> bool:
-        """Append the next ``num_rows`` tokens of a sequence.
+    def add(self, sequence: Sequence, num_rows: int, tree: DraftTree | None = None) -> int | None:
+        """Append the next ``num_rows`` tokens of a sequence, and its speculated ones.
+
+        Args:
+            sequence: whose tokens.
+            num_rows: committed tokens.
+            tree: what may follow the last of them.
 
         Returns:
-            Whether the last of them is the sequence's last token, so that its logits are
-            wanted; its place among the step's logits is the order of such calls.
+            If the last of them is the sequence's last token, the place of its logits among
+            the step's; those of tree node ``i`` are ``i + 1`` places on.
         """
         a, b = self._num_rows, self._num_rows + num_rows
         start = sequence.num_computed
@@ -74,11 +80,28 @@ class BatchLayout:
         parent[a] = -1
         self._prefix_len[sequence.slot] = start
         self._num_rows = b
-        last = end == len(sequence.tokens)
-        if last:
-            self._logit_rows[self._num_logits] = b - 1
-            self._num_logits += 1
-        return last
+        if end < len(sequence.tokens):
+            return None
+        place = self._num_logits
+        self._logit_rows[place] = b - 1
+        self._num_logits += 1
+        if tree is not None:
+            self._add_tree(sequence, tree)
+        return place
+
+    def _add_tree(self, sequence: Sequence, tree: DraftTree) -> None:
+        """Rows of the nodes: a depth's position, and slots in the order of the nodes."""
+        a, b = self._num_rows, self._num_rows + len(tree)
+        end = len(sequence.tokens)
+        token, position, owner, parent, slot, _ = self._fields
+        token[a:b] = tree.tokens
+        position[a:b] = np.array(tree.depths()) + (end - 1)
+        owner[a:b] = sequence.slot
+        parent[a:b] = np.array(tree.parents) + a  # the root's row stands just before
+        slot[a:b] = np.arange(end, end + len(tree))
+        self._logit_rows[self._num_logits : self._num_logits + len(tree)] = np.arange(a, b)
+        self._num_rows = b
+        self._num_logits += len(tree)
 
     def rows(self) -> Rows:
         """The step's rows; views into this object's arrays, valid until `clear`."""

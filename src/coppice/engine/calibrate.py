@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +13,13 @@ from pathlib import Path
 import torch
 
 from coppice.cache.pool import KVPool
-from coppice.cost import Sample, StepCurve, fit
+from coppice.cost import Sample, StepCurve, fit, read_curve, save_curve
+from coppice.engine.config import EngineConfig
 from coppice.engine.loading import EngineModel
 from coppice.engine.messages import ModelFacts
 from coppice.kernels.rows import Rows
+
+_log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXT = 512
@@ -46,6 +50,22 @@ def calibrate(
     if progress is not None:
         progress(len(runs), len(runs))
     return fit(samples)
+
+
+def curve_for(config: EngineConfig, model: EngineModel) -> StepCurve | None:
+    """The kept curve of this model here; where speculation needs one, it is made now.
+
+    That takes a second, once: the curve is kept for the next start.
+    """
+    path = curve_path(config.cache_folder, model.facts)
+    curve = read_curve(path)
+    if curve is None and config.speculate != "off":
+        curve = calibrate(model, seconds=1.0)
+        try:
+            save_curve(curve, path)
+        except OSError as error:
+            _log.warning("The step curve could not be kept in %s: %s", path, error)
+    return curve
 
 
 def curve_path(folder: Path, facts: ModelFacts) -> Path:

@@ -10,6 +10,7 @@ from coppice.errors import ConfigError
 from coppice.settings import RoomConfig, cache_root, setting
 
 DType = Literal["auto", "float32", "bfloat16"]
+Speculate = Literal["off", "auto", "lookup", "draft"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,23 @@ class EngineConfig(RoomConfig):
         "Seed from which requests of this process that bring none draw theirs; servers draw anew.",
         minimum=0,
         maximum=2**63 - 1,
+    )
+    speculate: Speculate = setting(
+        "off",
+        "Guess ahead and verify several tokens in one step, without changing any answer: "
+        "'lookup' repeats what followed the same tokens before, 'draft' asks a small model, "
+        "'auto' takes what pays.",
+    )
+    draft_model: str | None = setting(
+        None,
+        "Model that drafts for 'draft' and 'auto'; it must share the tokenizer. The bundled "
+        "model brings its own.",
+    )
+    speculate_depth: int = setting(
+        8,
+        "Most tokens guessed ahead for one sequence.",
+        minimum=1,
+        maximum=64,
     )
     cache_dir: str | None = setting(
         None,

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from coppice.cache.pool import KVPool
-from coppice.cost import StepCost, read_curve
+from coppice.cost import StepCost
 from coppice.engine.batch import BatchLayout
-from coppice.engine.calibrate import curve_path
+from coppice.engine.calibrate import curve_for
 from coppice.engine.config import EngineConfig
 from coppice.engine.loading import EngineModel
 from coppice.engine.messages import (
@@ -34,10 +34,12 @@ from coppice.engine.pages import SequencePages
 from coppice.engine.request import Grammar, Request
 from coppice.engine.sampler import SamplerState
 from coppice.engine.sequence import Sequence
-from coppice.engine.step import Choice, StepRunner
+from coppice.engine.speculate import make_speculator
+from coppice.engine.step import Choice, StepRunner, Walk
 from coppice.errors import ContextOverflowError, RequestError, RowFaultError
-from coppice.scheduling import Plan, Planner, Snapshot, StepPlanner
+from coppice.scheduling import Grant, Plan, Planner, Snapshot, StepPlanner
 from coppice.scheduling.planner import order_key
+from coppice.speculation import DraftTree
 
 if TYPE_CHECKING:
     from coppice.engine.grammar import GrammarCompiler, GrammarState
@@ -88,9 +90,10 @@ class Engine:
         self._waiting: list[Sequence] = []
         self._deadlines: list[tuple[float, str]] = []
         self._arrivals = 0
-        self.cost = StepCost(read_curve(curve_path(config.cache_folder, model.facts)))
+        self.cost = StepCost(curve_for(config, model))
+        self._speculator = make_speculator(config, model, self.cost, num_pages)
         self._totals: Counter[str] = Counter()
-        self._seconds = {"model": 0.0, "other": 0.0}
+        self._seconds = {"model": 0.0, "draft": 0.0, "other": 0.0}
         self.outcomes: Counter[str] = Counter()
 
     # -- what the outside calls ------------------------------------------------------------
@@ -160,20 +163,21 @@ class Engine:
         outputs = self._expire(began)
         plan = self._planner.plan(self._snapshot())
         self._carry_out(plan, began)
-        result = self._runner.run(
-            [g for g in plan.grants if g.sequence.num_pages]  # a newcomer may have found none
-        )
-        now = self.clock()
-        for choice in result.choices:
-            self._accept(choice, now, outputs)
+        grants = [g for g in plan.grants if g.sequence.num_pages]  # a newcomer may have found none
+        drafting = self.clock()
+        trees = self._speculate(grants)
+        drafting = self.clock() - drafting
+        result = self._runner.run(grants, trees, lambda choice: self._accept(choice, outputs))
+        self._finish_walks(result.walks, outputs)
         took = self.clock() - began
         if result.num_rows:
-            self.cost.observe(result.num_rows, took)
+            self.cost.observe(result.num_rows, took - drafting)
         self._totals["steps"] += 1
         self._totals["rows"] += result.num_rows
-        self._totals["generated_tokens"] += len(result.choices)
+        self._totals["generated_tokens"] += result.num_chosen
         self._seconds["model"] += result.model_s
-        self._seconds["other"] += took - result.model_s
+        self._seconds["draft"] += drafting
+        self._seconds["other"] += took - drafting - result.model_s
         return outputs
 
     def stats(self) -> StepStats:
@@ -314,27 +318,49 @@ class Engine:
         self._running.remove(sequence)
         self._batch.free_slot(sequence)
         self.pages.release(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence.arrival)
 
-    def _accept(self, choice: Choice, now: float, outputs: list[Output]) -> None:
-        """Append a chosen token to its sequence and see whether that ends it."""
+    def _speculate(self, grants: list[Grant]) -> dict[int, DraftTree]:
+        """Trees for the sequences that decode, within the rows the plan left."""
+        if self._speculator is None:
+            return {}
+        rows = sum(grant.num_rows for grant in grants)
+        decoding = [
+            g.sequence
+            for g in grants
+            if g.num_rows == 1 and g.sequence.num_tokens - g.sequence.num_computed == 1
+        ]
+        views = [s for s in decoding if isinstance(s, Sequence) and s.num_generated]
+        return self._speculator.grow(views, rows=rows, spare=self.config.max_rows - rows)
+
+    def _finish_walks(self, walks: list[Walk], outputs: list[Output]) -> None:
+        """Report what sequences that go on were given, and learn from their trees."""
+        for walk in walks:
+            if walk.tree is not None and self._speculator is not None:
+                self._speculator.observe(walk.sequence.arrival, walk.tree, len(walk.path))
+            if walk.sequence.finish_reason is None:
+                outputs.append(_report(walk.sequence))
+
+    def _accept(self, choice: Choice, outputs: list[Output]) -> bool:
+        """Append a chosen token to its sequence; False where that ends it."""
         sequence, token = choice.sequence, choice.token
         if choice.fault is not None:
             sequence.error = (RowFaultError.code, choice.fault)
             self._end(sequence, "failed", outputs)
-            return
+            return False
         sequence.tokens.append(token)
         sequence.sampler.accept(token)
         if choice.logprob is not None:
             sequence.logprobs.append(choice.logprob)
         if not sequence.first_token_s:
-            sequence.first_token_s = now
+            sequence.first_token_s = self.clock()
             self._totals["prompt_tokens"] += len(sequence.request.prompt)
             self._release_held_back(sequence.request.id, enqueue=True)
         reason = _finish_reason(sequence, token)
-        if reason is None:
-            outputs.append(_report(sequence))
-        else:
+        if reason is not None:
             self._end(sequence, reason, outputs)
+        return reason is None
 
     def _expire(self, now: float) -> list[Output]:
         outputs: list[Output] = []

@@ -51,7 +51,7 @@ def load_engine_model(config: EngineConfig) -> EngineModel:
     if config.num_threads is not None:
         set_num_threads(config.num_threads)
     loaded = load_model(config.model, dtype=config.dtype, max_context=config.context_length)
-    tokenizer = _tokenizer(loaded)
+    tokenizer = tokenizer_of(loaded)
     check_vocabulary(loaded.config, tokenizer.vocab_size)
     facts = ModelFacts(
         name=_name(config.model),
@@ -71,7 +71,8 @@ def load_engine_model(config: EngineConfig) -> EngineModel:
     return EngineModel(decoder=loaded.decoder, tokenizer=tokenizer, eos_ids=eos_ids, facts=facts)
 
 
-def _tokenizer(loaded: LoadedModel) -> Tokenizer:
+def tokenizer_of(loaded: LoadedModel) -> Tokenizer:
+    """The tokenizer that came with a model."""
     source = loaded.tokenizer_source
     return Tokenizer.from_folder(source) if isinstance(source, Path) else source.tokenizer
 

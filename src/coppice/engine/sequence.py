@@ -9,6 +9,7 @@ from coppice.cache import Node
 from coppice.engine.messages import FinishReason, TokenLogprob
 from coppice.engine.request import Request
 from coppice.engine.sampler import SamplerState
+from coppice.kernels.sampling import RowParams
 
 if TYPE_CHECKING:
     from coppice.engine.grammar import GrammarState
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class Sequence:
     """A choice of a request: its tokens, how many of them have KV, and in which pages.
 
-    Implements `coppice.scheduling.SequenceView`.
+    Implements `coppice.scheduling.SequenceView` and `coppice.speculation.DraftView`.
 
     Attributes:
         index: which of the request's ``n`` choices.
@@ -73,6 +74,16 @@ class Sequence:
     def num_pages(self) -> int:
         """Pages held."""
         return len(self.pages)
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still follow."""
+        return self.end - len(self.tokens)
+
+    @property
+    def row(self) -> RowParams:
+        """Sampling parameters in the form kernels read."""
+        return self.sampler.row
 
     @property
     def priority(self) -> int:

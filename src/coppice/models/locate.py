@@ -8,6 +8,8 @@ from coppice.errors import CheckpointError
 from coppice.models import hub
 
 BUNDLED = "bundled"
+BUNDLED_DRAFT = "bundled-draft"
+_FOLDERS = {BUNDLED: "target", BUNDLED_DRAFT: "draft"}
 
 
 def locate(model: str | Path) -> Path:
@@ -16,8 +18,8 @@ def locate(model: str | Path) -> Path:
     Raises:
         CheckpointError: there is no such thing.
     """
-    if model == BUNDLED:
-        return Path(__file__).parent / "bundled" / "target"
+    if isinstance(model, str) and model in _FOLDERS:
+        return Path(__file__).parent / "bundled" / _FOLDERS[model]
     path = Path(model).expanduser()
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path

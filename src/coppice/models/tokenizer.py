@@ -230,6 +230,12 @@ class Tokenizer:
         digest.update(json.dumps([*rest, self.chat_templates], sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
+    @cached_property
+    def vocabulary_fingerprint(self) -> str:
+        """Sixteen hex digits that change with the tokens and their ids only."""
+        vocabulary = sorted(self._backend.get_vocab().items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
     def _named_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
         return None if text is None else self.token_id(text)

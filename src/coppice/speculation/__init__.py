@@ -1,0 +1,23 @@
+"""Speculation: token trees, who grows them, and how much of it pays.
+
+Owns guesses about a sequence's next tokens. Refuses to decide any token: the engine's own
+sampler walks a tree with the request's own noise, so outputs never depend on this room.
+"""
+
+from coppice.speculation.control import Controller
+from coppice.speculation.draft import DraftModel
+from coppice.speculation.interfaces import DraftView, Proposer
+from coppice.speculation.lookup import PromptLookup
+from coppice.speculation.speculator import Speculator
+from coppice.speculation.tree import ROOT, DraftTree
+
+__all__ = [
+    "ROOT",
+    "Controller",
+    "DraftModel",
+    "DraftTree",
+    "DraftView",
+    "PromptLookup",
+    "Proposer",
+    "Speculator",
+]

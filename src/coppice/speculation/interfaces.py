@@ -1,0 +1,58 @@
+"""What a proposer sees of a sequence, and what it must do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from coppice.kernels.sampling import RowParams
+from coppice.speculation.tree import DraftTree
+
+
+class DraftView(Protocol):
+    """The read-only side of a sequence that is about to decode.
+
+    ``tokens`` holds committed tokens only and grows between calls; a proposer remembers how
+    far it has read.
+    """
+
+    @property
+    def arrival(self) -> int:
+        """Unique number of the sequence."""
+        ...
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and committed tokens."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still follow."""
+        ...
+
+    @property
+    def tenant(self) -> str:
+        """Whose history the sequence may draw on."""
+        ...
+
+    @property
+    def row(self) -> RowParams:
+        """Its sampling parameters: seed, temperature, cuts, penalties."""
+        ...
+
+
+class Proposer(Protocol):
+    """Grows token trees. Whatever it returns, no output changes: only time does."""
+
+    name: str
+    pass_s: float
+    """Seconds it takes for one more token of every sequence; 0 where that is next to nothing."""
+
+    def propose(self, views: Sequence[DraftView], limits: Sequence[int]) -> list[DraftTree | None]:
+        """One tree for each view, of at most so many nodes; None for no proposal."""
+        ...
+
+    def forget(self, arrival: int) -> None:
+        """The sequence has ended or lost its pages; unknown numbers are no error."""
+        ...

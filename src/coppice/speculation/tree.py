@@ -1,0 +1,83 @@
+"""The one token tree: a speculated continuation of a sequence.
+
+The root is the sequence's last committed token and is not stored. A chain is a thin tree;
+no tree at all is ordinary decoding. Nodes come parents first, and among siblings the one
+that is most likely to be accepted first: a node whose number equals its depth less one needs
+no copying when its path is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+ROOT = -1
+
+
+@dataclass(slots=True)
+class DraftTree:
+    """Struct of arrays; node ``i`` stands in row ``i + 1`` after the root's.
+
+    Attributes:
+        source: name of the proposer, for metrics and calibration.
+        tokens: token ids.
+        parents: number of each node's parent, below its own, or `ROOT`.
+        chances: estimated probability that the whole path to the node is accepted; steers
+            selection, never correctness.
+    """
+
+    source: str
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+
+    @classmethod
+    def chain(cls, source: str, tokens: Iterable[int], chance: float = 1.0) -> DraftTree:
+        """A tree of width one; each token is accepted with ``chance`` if its parent is."""
+        listed = list(tokens)
+        chances = [chance ** (i + 1) for i in range(len(listed))]
+        return cls(source, listed, list(range(-1, len(listed) - 1)), chances)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, token: int, parent: int, chance: float) -> int:
+        """Append a node and return its number."""
+        if not ROOT <= parent < len(self.tokens):
+            raise ValueError(f"node {len(self.tokens)} stands before its parent {parent}")
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.chances.append(chance)
+        return len(self.tokens) - 1
+
+    def child(self, node: int, token: int) -> int | None:
+        """The child of ``node`` that holds ``token``, or None."""
+        for i in range(node + 1, len(self.tokens)):
+            if self.parents[i] == node and self.tokens[i] == token:
+                return i
+        return None
+
+    def depths(self) -> list[int]:
+        """Depth of each node; children of the root have depth 1."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent == ROOT else depths[parent] + 1)
+        return depths
+
+    def cut(self, num_nodes: int, max_depth: int) -> DraftTree:
+        """The first nodes that are not deeper than ``max_depth``, as a tree of its own."""
+        kept = DraftTree(self.source)
+        places: dict[int, int] = {ROOT: ROOT}
+        for i, (depth, parent) in enumerate(zip(self.depths(), self.parents, strict=True)):
+            if depth <= max_depth and len(kept) < num_nodes and parent in places:
+                places[i] = kept.add(self.tokens[i], places[parent], self.chances[i])
+        return kept
+
+    def is_sound(self, vocab_size: int) -> bool:
+        """Whether arrays agree, parents come first and every token is in the vocabulary."""
+        sizes = {len(self.tokens), len(self.parents), len(self.chances)}
+        return (
+            len(sizes) == 1
+            and all(type(t) is int and 0 <= t < vocab_size for t in self.tokens)
+            and all(ROOT <= p < i for i, p in enumerate(self.parents))
+        )
