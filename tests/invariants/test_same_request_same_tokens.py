@@ -6,7 +6,14 @@ import pytest
 
 from coppice.engine.config import EngineConfig
 from coppice.engine.loading import EngineModel, load_engine_model
-from tests.kits.invariance import ARRANGEMENTS, Arrangement, Outcome, make_requests, outcomes
+from tests.kits.invariance import (
+    ARRANGEMENTS,
+    SPECULATED,
+    Arrangement,
+    Outcome,
+    make_requests,
+    outcomes,
+)
 from tests.kits.models import DRAFT
 
 NUM_REQUESTS = 100
@@ -22,12 +29,13 @@ def expected(model: EngineModel) -> dict[str, Outcome]:
     return outcomes(model, EngineConfig(), make_requests(model, NUM_REQUESTS, 1), Arrangement())
 
 
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS[1:], ids=str)
+@pytest.mark.parametrize("arrangement", [*ARRANGEMENTS[1:], *SPECULATED], ids=str)
 def test_same_tokens_and_logprobs(
     model: EngineModel, expected: dict[str, Outcome], arrangement: Arrangement
 ) -> None:
     requests = make_requests(model, NUM_REQUESTS, 1)
-    found = outcomes(model, EngineConfig(), requests, arrangement, seed=5)
+    answers = [[*r.prompt, *expected[r.id][0]] for r in requests]
+    found = outcomes(model, EngineConfig(), requests, arrangement, seed=5, answers=answers)
     wrong = [key for key in expected if found[key] != expected[key]]
     assert not wrong, f"{len(wrong)} of {NUM_REQUESTS} differ, first {wrong[0]}"
 

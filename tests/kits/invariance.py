@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from coppice.engine.engine import Engine
 from coppice.engine.loading import EngineModel
 from coppice.engine.request import Request, SamplingParams
 from coppice.scheduling import Plan, Planner, Snapshot, StepPlanner
+from tests.kits.models import DRAFT
+from tests.kits.proposers import gossiper
 
 Outcome = tuple[tuple[int, ...], tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...], str]
 
@@ -34,6 +37,8 @@ class Arrangement:
     chunk: int = 512
     cached: bool = False
     preempt: bool = False
+    speculate: str = "off"
+    """A setting of the engine, or ``"gossip"``: trees of truth and lies."""
 
     def __str__(self) -> str:
         return "-".join(
@@ -42,6 +47,7 @@ class Arrangement:
                 f"chunk{self.chunk}",
                 "cached" if self.cached else "cold",
                 "preempted" if self.preempt else "calm",
+                self.speculate,
             )
         )
 
@@ -50,6 +56,12 @@ ARRANGEMENTS = [
     Arrangement(batched, chunk, cached, preempt)
     for batched, chunk, cached, preempt in itertools.product(
         (False, True), (512, 7, 64), (False, True), (False, True)
+    )
+]
+SPECULATED = [
+    Arrangement(batched, 64, cached, preempt, speculate)
+    for speculate, (batched, cached, preempt) in itertools.product(
+        ("gossip", "auto"), ((False, False, False), (True, True, False), (True, False, True))
     )
 ]
 
@@ -110,15 +122,27 @@ def outcomes(
     requests: list[Request],
     arrangement: Arrangement,
     seed: int = 0,
+    answers: Sequence[Sequence[int]] = (),
 ) -> dict[str, Outcome]:
-    """Run ``requests`` under ``arrangement``; what came of each, by id."""
+    """Run ``requests`` under ``arrangement``; what came of each, by id.
+
+    Args:
+        answers: prompt and answer tokens for ``speculate="gossip"``.
+    """
+    gossip = arrangement.speculate == "gossip"
     config = replace(
-        config, prefill_chunk=arrangement.chunk, prefix_cache=arrangement.cached, max_sequences=32
+        config,
+        prefill_chunk=arrangement.chunk,
+        prefix_cache=arrangement.cached,
+        max_sequences=32,
+        speculate="off" if gossip else arrangement.speculate,
+        draft_model=DRAFT,
     )
+    speculator = gossiper(answers, seed, model.facts.vocab_size) if gossip else None
     planner: Planner = StepPlanner()
     if arrangement.preempt:
         planner = RandomPreemption(planner, seed)
-    engine = Engine(model, config, planner=planner)
+    engine = Engine(model, config, planner=planner, speculator=speculator)
     if arrangement.cached:
         for request in requests:
             warm = msgspec.structs.replace(request, id=f"warm-{request.id}")
@@ -132,6 +156,9 @@ def outcomes(
     engine.check_pages()
     if isinstance(planner, RandomPreemption):
         assert planner.count > 0, "nothing was preempted: the arrangement tested nothing"
+    if arrangement.speculate != "off":
+        assert engine.speculated["accepted"] > 0, "nothing was accepted: it tested nothing"
+        assert engine.speculated["faults"] == 0
     if arrangement.cached:
         assert engine.pages.hit_tokens > 0, "nothing was cached: the arrangement tested nothing"
     return found

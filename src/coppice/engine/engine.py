@@ -12,7 +12,7 @@ import heapq
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -39,7 +39,7 @@ from coppice.engine.step import Choice, StepRunner, Walk
 from coppice.errors import ContextOverflowError, RequestError, RowFaultError
 from coppice.scheduling import Grant, Plan, Planner, Snapshot, StepPlanner
 from coppice.scheduling.planner import order_key
-from coppice.speculation import DraftTree
+from coppice.speculation import DraftTree, Speculator
 
 if TYPE_CHECKING:
     from coppice.engine.grammar import GrammarCompiler, GrammarState
@@ -55,6 +55,7 @@ class Engine:
         model: the loaded model and its tokenizer facts.
         config: sizes and switches.
         planner: who gets rows; first come first served by priority when omitted.
+        speculator: who guesses ahead; by ``config.speculate`` when omitted.
         clock: monotonic seconds.
     """
 
@@ -64,6 +65,7 @@ class Engine:
         config: EngineConfig,
         *,
         planner: Planner | None = None,
+        speculator: Speculator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
@@ -91,7 +93,7 @@ class Engine:
         self._deadlines: list[tuple[float, str]] = []
         self._arrivals = 0
         self.cost = StepCost(curve_for(config, model))
-        self._speculator = make_speculator(config, model, self.cost, num_pages)
+        self._speculator = speculator or make_speculator(config, model, self.cost, num_pages)
         self._totals: Counter[str] = Counter()
         self._seconds = {"model": 0.0, "draft": 0.0, "other": 0.0}
         self.outcomes: Counter[str] = Counter()
@@ -203,6 +205,11 @@ class Engine:
             prefill_rate_tok_s=1.0 / per_row if per_row else 0.0,
             outcomes=dict(self.outcomes),
         )
+
+    @property
+    def speculated(self) -> Mapping[str, int]:
+        """Draft tokens ``drafted`` and ``accepted``, also by proposer; ``faults``."""
+        return {} if self._speculator is None else self._speculator.totals
 
     def check_pages(self) -> None:
         """Verify page conservation (`PageAllocator.check`)."""
