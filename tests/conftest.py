@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # A developer's own settings must not decide what a test sees, here or in child processes.
 for _name in [name for name in os.environ if name.startswith("COPPICE_")]:
     del os.environ[_name]
+# Nothing a test keeps reaches the user's cache folder, and nothing in it reaches a test.
+_cache = tempfile.TemporaryDirectory(prefix="coppice-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
 @pytest.fixture(scope="session")

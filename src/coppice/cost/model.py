@@ -40,7 +40,7 @@ class StepCost:
     @property
     def scale(self) -> float:
         """Live seconds over calibrated seconds; 1 before the first step."""
-        return self._seen / self._expected if self._expected else 1.0
+        return self._seen / self._expected if self._expected and self._seen else 1.0
 
     @property
     def per_row_s(self) -> float:
