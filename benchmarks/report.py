@@ -22,9 +22,10 @@ class Goal:
     """One figure of an issue, met or not."""
 
     name: str
-    value: float
+    value: float | None
     bound: str
     met: bool
+    note: str = ""
 
     @classmethod
     def at_least(cls, name: str, value: float, bound: float) -> Goal:
@@ -35,6 +36,11 @@ class Goal:
     def at_most(cls, name: str, value: float, bound: float) -> Goal:
         """``value <= bound``."""
         return cls(name, round(value, 4), f"<= {bound:g}", value <= bound)
+
+    @classmethod
+    def unmeasured(cls, name: str, bound: str, why: str) -> Goal:
+        """No figure, so not met."""
+        return cls(name, None, bound, False, why)
 
 
 @dataclass
@@ -56,7 +62,9 @@ class Report:
         console.print(table)
         for goal in self.goals:
             mark = "met" if goal.met else "NOT MET"
-            console.print(f"{mark:8} {goal.name}: {goal.value:g} (bound {goal.bound})")
+            value = "not measured" if goal.value is None else f"{goal.value:g}"
+            why = f"; {goal.note}" if goal.note else ""
+            console.print(f"{mark:8} {goal.name}: {value} (bound {goal.bound}{why})", markup=False)
         document = {
             "benchmark": self.benchmark,
             "commit": _commit(),

