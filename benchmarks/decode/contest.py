@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.peers.protocol import Job
 from benchmarks.peers.session import PatienceError, PeerError, Session, UnableError
@@ -78,6 +78,18 @@ class Figure:
     seconds: float = 0.0
 
 
+class Tokens(NamedTuple):
+    """How long decoding goes on.
+
+    Attributes:
+        new: tokens of each sequence.
+        prompt8: before them, for each of eight sequences (one sequence has 128).
+    """
+
+    new: int = 128
+    prompt8: int = 128
+
+
 @dataclass(frozen=True)
 class Case:
     """A model in a format, as everyone is given it."""
@@ -85,10 +97,17 @@ class Case:
     model: str
     form: str
 
-    def job(self, threads: int, new: int) -> Job:
+    def job(self, threads: int, tokens: Tokens) -> Job:
         """The job for all contenders."""
         config = json.loads((places.checkpoint(self.model) / "config.json").read_text())
-        return Job(self.model, self.form, config["vocab_size"], threads, new)
+        return Job(
+            self.model,
+            self.form,
+            config["vocab_size"],
+            threads,
+            new=tokens.new,
+            prompt8=tokens.prompt8,
+        )
 
 
 class Contest:
@@ -96,15 +115,15 @@ class Contest:
 
     Args:
         threads: for everyone.
-        new_tokens: decoded tokens, by model.
+        tokens: how many to decode, by model.
         bandwidth: probes the memory; bytes per second.
     """
 
     def __init__(
-        self, *, threads: int, new_tokens: Callable[[str], int], bandwidth: Callable[[], float]
+        self, *, threads: int, tokens: Callable[[str], Tokens], bandwidth: Callable[[], float]
     ) -> None:
         self._threads = threads
-        self._new_tokens = new_tokens
+        self._tokens = tokens
         self._bandwidth = bandwidth
         self.figures: dict[tuple[Case, str, str], Figure] = defaultdict(Figure)
         self.facts: dict[tuple[Case, str], dict[str, float]] = {}
@@ -129,7 +148,7 @@ class Contest:
     def _session(self, case: Case, entrant: Entrant, tasks: list[str]) -> list[str]:
         """Measure in one process; what is left to measure when a task took too long."""
         todo = list(tasks)
-        job = case.job(self._threads, self._new_tokens(case.model))
+        job = case.job(self._threads, self._tokens(case.model))
         try:
             with Session(entrant.command, job, limit_s=LOAD_LIMIT_S) as session:
                 while todo:

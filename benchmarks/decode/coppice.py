@@ -53,7 +53,7 @@ class Coppice:
     def decode(self, batch: int) -> float:
         """From the moment all have begun to answer until the first is done."""
         before = self._engine.stats()
-        rate = self._run(batch, self._job.prompt, self._job.new)
+        rate = self._run(batch, self._job.prompt_for(batch), self._job.new)
         after = self._engine.stats()
         if batch == 1:
             self._outside_s += after.other_s - before.other_s

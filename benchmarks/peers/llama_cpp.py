@@ -33,12 +33,12 @@ class LlamaCpp:
         if batch == 1:
             out = self._run("llama-bench", "-p 0 -r 1 -o jsonl", n=job.new, d=job.prompt)
             return bench_rate(out)
-        context = batch * (job.prompt + job.new)
+        prompt = job.prompt_for(batch)
         out = self._run(
             "llama-batched-bench",
             "-b 2048 -ub 512 --output-format jsonl",
-            c=context,
-            npp=job.prompt,
+            c=batch * (prompt + job.new),
+            npp=prompt,
             ntg=job.new,
             npl=batch,
         )

@@ -30,6 +30,7 @@ class Job:
         vocab_size: prompts are random token ids below it.
         threads: to compute with.
         new: tokens to decode after a prompt of ``prompt``.
+        prompt8: prompt of each of eight sequences.
         prefill: length of the prompt whose prefill is timed; a new one every time.
         context: cached tokens under the rows that are verified.
     """
@@ -40,8 +41,13 @@ class Job:
     threads: int
     new: int = 128
     prompt: int = 128
+    prompt8: int = 128
     prefill: int = 512
     context: int = 512
+
+    def prompt_for(self, batch: int) -> int:
+        """Prompt tokens of each of ``batch`` sequences."""
+        return self.prompt if batch == 1 else self.prompt8
 
 
 class Contender(Protocol):
@@ -67,7 +73,7 @@ class Contender(Protocol):
         ...
 
 
-def median_seconds(call: Callable[[], object], *, enough_s: float = 1.5) -> float:
+def median_seconds(call: Callable[[], object], *, enough_s: float = 0.8) -> float:
     """Median of 3 to 9 timed calls after one that warms up; fewer where they are slow."""
     call()
     seconds: list[float] = []

@@ -38,7 +38,7 @@ class Transformers:
     def decode(self, batch: int) -> float:
         """A greedy loop after one prefill."""
         cache = self._cache()
-        token = self._step(self._tokens(batch, self._job.prompt), cache)
+        token = self._step(self._tokens(batch, self._job.prompt_for(batch)), cache)
         began = time.perf_counter()
         for _ in range(self._job.new):
             token = self._step(token, cache)

@@ -44,7 +44,7 @@ class Vllm:
 
     def decode(self, batch: int) -> float:
         """The time of long answers less that of one-token answers."""
-        prompt, new = self._job.prompt, self._job.new
+        prompt, new = self._job.prompt_for(batch), self._job.new
         first = self._seconds(batch, prompt, 1)
         return batch * new / (self._seconds(batch, prompt, new + 1) - first)
 

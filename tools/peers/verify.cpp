@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int MOST_REPEATS = 9, LEAST_REPEATS = 3;
-constexpr double ENOUGH_S = 1.5;
+constexpr double ENOUGH_S = 0.8;
 
 double run(llama_context* ctx, int first, int rows, int32_t vocab) {
   llama_batch batch = llama_batch_init(rows, 0, 1);
