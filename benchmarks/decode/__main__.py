@@ -18,7 +18,7 @@ from benchmarks.decode import table
 from benchmarks.decode.contest import FORMATS, TASKS, Case, Contest, Tokens
 from benchmarks.decode.goals import Judge
 from benchmarks.decode.shape import Shape
-from benchmarks.probe import Prober
+from benchmarks.probe import Prober, matmul_rate, median_limits
 from benchmarks.report import Report
 from coppice.kernels.threads import usable_cores
 from tools.peers import places
@@ -42,26 +42,34 @@ def main() -> int:
     contest = Contest(
         threads=usable_cores(),
         tokens=tokens.__getitem__,
-        bandwidth=prober.read_bytes_s,
+        limits=prober.limits,
     )
-    peaks = prober.peaks()
+    matmul = matmul_rate()
     cases = [Case(model, form) for model in models for form in args.formats]
     _run(contest, cases, args)
     report = Report(_name(args, models), table.COLUMNS)
-    report.metrics["peaks"] = vars(peaks)
+    report.metrics["matmul_flop_s"] = matmul
     report.metrics["tokens"] = {m: t._asdict() for m, t in tokens.items()}
     for model in models:
         shape = Shape.of(places.checkpoint(model))
-        judge = Judge(contest.figures, contest.facts, shape, peaks)
+        judge = Judge(contest.figures, contest.facts, shape, matmul)
         report.rows += table.rows(judge, model, args.formats)
         report.metrics |= table.metrics(judge, model, args.formats)
         report.goals += judge.goals(model, args.formats)
-    int8 = f"{peaks.int8 / 1e9:.0f}" if peaks.int8 else "not probed"
-    print(
-        f"peaks: fp32 {peaks.fp32 / 1e9:.0f} GFLOP/s, PyTorch matmul {peaks.matmul / 1e9:.0f}, "
-        f"int8 {int8}"
-    )
+    report.rows.append(_limits_row(contest, matmul))
     return report.finish()
+
+
+def _limits_row(contest: Contest, matmul: float) -> list[str]:
+    """The machine's rates over the whole run, as the table's last row."""
+    pairs = [pair for figure in contest.figures.values() for pair in figure.limits]
+    if not pairs:
+        return ["machine", "", "limits", "nothing was measured", "0", "", "", ""]
+    limits = median_limits([each for pair in pairs for each in pair])
+    int8 = f"{limits.int8 / 1e9:.0f}" if limits.int8 else "not probed"
+    text = f"G/s: fp32 {limits.fp32 / 1e9:.0f}, matmul {matmul / 1e9:.0f}, int8 {int8}"
+    read = f"{limits.read_bytes_s / 1e9:.1f}"
+    return ["machine", "", "limits", text, str(2 * len(pairs)), "", read, ""]
 
 
 def _run(contest: Contest, cases: list[Case], args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.peers.protocol import Job
 from benchmarks.peers.session import PatienceError, PeerError, Session, UnableError
+from benchmarks.probe import Limits, median_limits
 from tools.peers import places
 
 TASKS = ("decode1", "decode8", "prefill", "verify")
@@ -67,15 +68,25 @@ class Figure:
 
     Attributes:
         values: tokens per second, or seconds by number of rows for ``verify``.
-        bandwidths: bytes per second probed around each of them, the mean of before and after.
+        limits: what the machine gave before and after each of them.
         note: why there is none, or that it gave up.
         seconds: how long the last one took.
     """
 
     values: list[Any] = field(default_factory=list)
-    bandwidths: list[float] = field(default_factory=list)
+    limits: list[tuple[Limits, Limits]] = field(default_factory=list)
     note: str = ""
     seconds: float = 0.0
+
+    @property
+    def bandwidths(self) -> list[float]:
+        """Bytes per second around each value."""
+        return [(a.read_bytes_s + b.read_bytes_s) / 2 for a, b in self.limits]
+
+    @property
+    def typical_limits(self) -> Limits:
+        """The median of all probes around it."""
+        return median_limits([each for pair in self.limits for each in pair])
 
 
 class Tokens(NamedTuple):
@@ -116,15 +127,15 @@ class Contest:
     Args:
         threads: for everyone.
         tokens: how many to decode, by model.
-        bandwidth: probes the memory; bytes per second.
+        limits: probes the machine.
     """
 
     def __init__(
-        self, *, threads: int, tokens: Callable[[str], Tokens], bandwidth: Callable[[], float]
+        self, *, threads: int, tokens: Callable[[str], Tokens], limits: Callable[[], Limits]
     ) -> None:
         self._threads = threads
         self._tokens = tokens
-        self._bandwidth = bandwidth
+        self._limits = limits
         self.figures: dict[tuple[Case, str, str], Figure] = defaultdict(Figure)
         self.facts: dict[tuple[Case, str], dict[str, float]] = {}
 
@@ -167,7 +178,7 @@ class Contest:
     def _measure(self, session: Session, case: Case, entrant: Entrant, task: str) -> None:
         figure = self.figures[case, entrant.name, task]
         time.sleep(0.3)  # until idle threads of the contender have stopped to spin
-        before = self._bandwidth()
+        before = self._limits()
         began = time.perf_counter()
         try:
             value = session.measure(task, limit_s=self._limit_s(case, entrant, task))
@@ -177,7 +188,7 @@ class Contest:
         figure.seconds = time.perf_counter() - began
         time.sleep(0.3)
         figure.values.append(value)
-        figure.bandwidths.append((before + self._bandwidth()) / 2)
+        figure.limits.append((before, self._limits()))
 
     def _limit_s(self, case: Case, entrant: Entrant, task: str) -> float:
         if entrant is COPPICE:

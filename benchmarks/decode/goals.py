@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.decode.contest import COPPICE, PEERS, Case, Figure
 from benchmarks.decode.shape import Shape, roofline_s
 from benchmarks.peers.protocol import VERIFY_ROWS
-from benchmarks.probe import Peaks
+from benchmarks.probe import Limits
 from benchmarks.report import Goal
 
 DECODE_OVER_PEER = {"bf16": 0.95, "int8": 1.2, "int4": 1.5}
@@ -19,6 +19,7 @@ BANDWIDTH_SHARE, DECODE8_OVER_PEER, VERIFY16_OVER_PEER = 0.85, 2.0, 2.5
 PREFILL_INT8_SHARE, PREFILL_INT8_OVER_PEER, PREFILL_BF16_SHARE = 0.6, 1.15, 0.85
 BUNDLED_INT8_TOK_S, STEP_OVERHEAD_US = 3000.0, 100.0
 CONTEXT, PREFILL = 512, 512
+NO_INT8_PROBE = "the kernels have no probe of the int8 peak"
 
 Figures = dict[tuple[Case, str, str], Figure]
 Facts = dict[tuple[Case, str], dict[str, float]]
@@ -41,13 +42,13 @@ class Judge:
         figures: of everyone, all rounds.
         facts: what the contenders told of themselves.
         shape: the model's.
-        peaks: arithmetic rates of this run.
+        matmul: operations per second of PyTorch's matrix product.
     """
 
     figures: Figures
     facts: Facts
     shape: Shape
-    peaks: Peaks
+    matmul: float
 
     def goals(self, model: str, forms: list[str]) -> Iterator[Goal]:
         """All that apply to the model, met or not."""
@@ -78,15 +79,18 @@ class Judge:
         ]
         return (max(found)[1], max(found)[0]) if found else None
 
-    def roofline_s(self, case: Case, rows: int, bandwidth: float) -> float | None:
-        """Least seconds for ``rows`` rows over the context, logits for all."""
-        peak = self.peaks.bf16 if case.form == "bf16" else self.peaks.int8
+    def roofline_s(self, case: Case, rows: int, limits: Limits) -> float | None:
+        """Least seconds for ``rows`` rows over the context, logits for all.
+
+        bf16 weights are multiplied at the float32 rate where nothing faster was seen.
+        """
+        peak = max(limits.fp32, self.matmul) if case.form == "bf16" else limits.int8
         facts = self.facts.get((case, COPPICE.name))
         if peak is None or facts is None:
             return None
         size = facts["weight_bytes"] + facts["kv_bytes_per_token"] * CONTEXT
         ops = self.shape.linear_ops(rows, rows) + self.shape.attention_ops(rows, CONTEXT)
-        return roofline_s(size, ops, bytes_s=bandwidth, ops_s=peak)
+        return roofline_s(size, ops, bytes_s=limits.read_bytes_s, ops_s=peak)
 
     def bandwidth_share(self, case: Case) -> float | None:
         """Weight bytes per second of decoding over the probe, the median of the rounds."""
@@ -102,8 +106,8 @@ class Judge:
         curve, figure = self.ours(case, "verify"), self.figures.get((case, COPPICE.name, "verify"))
         if curve is None or figure is None:
             return None
-        bandwidth = statistics.median(figure.bandwidths)
-        floors = [self.roofline_s(case, rows, bandwidth) for rows in VERIFY_ROWS]
+        limits = figure.typical_limits
+        floors = [self.roofline_s(case, rows, limits) for rows in VERIFY_ROWS]
         if any(floor is None for floor in floors):
             return None
         return [t / floor for t, floor in zip(curve, floors, strict=True) if floor]
@@ -122,8 +126,8 @@ class Judge:
         if worst is not None:
             yield Goal.at_most(title, max(worst), bound)
         else:
-            no_peak = case.form != "bf16" and self.peaks.int8 is None
-            why = "no probe of the int8 peak" if no_peak else self.why(case, "verify")
+            measured = self.ours(case, "verify") is not None
+            why = NO_INT8_PROBE if measured else self.why(case, "verify")
             yield Goal.unmeasured(title, f"<= {bound:g}", why)
         if case.form != "bf16":
             yield self._verify16(case)
@@ -148,18 +152,20 @@ class Judge:
         ops = self.shape.linear_ops(PREFILL, 1) + self.shape.attention_ops(PREFILL, 0)
         rate = None if ours is None else ours * ops / PREFILL
         if case.form == "bf16":
-            share = None if rate is None else rate / self.peaks.matmul
+            share = None if rate is None else rate / self.matmul
             title = f"{name}: share of PyTorch's matmul rate"
             yield _at_least(title, share, PREFILL_BF16_SHARE, self, case)
         elif case.form == "int8":
-            title = f"{name}: share of int8 peak"
-            if self.peaks.int8 is None:
-                bound = f">= {PREFILL_INT8_SHARE:g}"
-                yield Goal.unmeasured(title, bound, "no probe of the int8 peak")
-            else:
-                share = None if rate is None else rate / self.peaks.int8
-                yield _at_least(title, share, PREFILL_INT8_SHARE, self, case)
+            yield self._int8_share(case, rate, f"{name}: share of int8 peak")
             yield self._over_peer(case, "prefill", f"{name}: over", PREFILL_INT8_OVER_PEER)
+
+    def _int8_share(self, case: Case, rate: float | None, title: str) -> Goal:
+        if rate is None:
+            return _at_least(title, None, PREFILL_INT8_SHARE, self, case)
+        peak = self.figures[case, COPPICE.name, "prefill"].typical_limits.int8
+        if peak is None:
+            return Goal.unmeasured(title, f">= {PREFILL_INT8_SHARE:g}", NO_INT8_PROBE)
+        return Goal.at_least(title, rate / peak, PREFILL_INT8_SHARE)
 
     def _decode8(self, model: str, forms: list[str]) -> Iterator[Goal]:
         cases = [Case(model, form) for form in forms]

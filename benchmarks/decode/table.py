@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.decode.contest import COPPICE, PEERS, TASKS, Case, Figure
@@ -69,7 +70,7 @@ def metrics(judge: Judge, model: str, forms: list[str]) -> dict[str, Any]:
                     found[f"{model} {form} {task} {entrant.name}"] = {
                         "median": median(figure),
                         "values": figure.values,
-                        "bandwidths": figure.bandwidths,
+                        "limits": [[asdict(a), asdict(b)] for a, b in figure.limits],
                         "note": figure.note[:300],
                     }
         over = judge.over_roofline(case)

@@ -8,22 +8,22 @@ from benchmarks.decode.contest import Case, Figure
 from benchmarks.decode.goals import Judge, median
 from benchmarks.decode.shape import Shape, roofline_s
 from benchmarks.decode.table import rows
-from benchmarks.probe import Peaks
+from benchmarks.probe import Limits, median_limits
 
 SHAPE = Shape(vocab_size=1000, hidden_size=100, layers=2, attention_width=100, body=400_000)
-PEAKS = Peaks(fp32=1e9, matmul=0.8e9, int8=4e9)
-BANDWIDTH = 1e9
+LIMITS = Limits(read_bytes_s=1e9, fp32=1e9, int8=4e9)
+MATMUL = 0.8e9
 BF16, INT8 = Case("m", "bf16"), Case("m", "int8")
 
 
-def figure(*values, note=""):
-    return Figure(list(values), [BANDWIDTH] * len(values), note)
+def figure(*values, note="", limits=LIMITS):
+    return Figure(list(values), [(limits, limits)] * len(values), note)
 
 
-def judge(figures, peaks=PEAKS, weight_bytes=1e6):
+def judge(figures, weight_bytes=1e6):
     facts = {"weight_bytes": weight_bytes, "kv_bytes_per_token": 0.0, "outside_model_us": 50.0}
     cases = {case for case, _, _ in figures}
-    return Judge(figures, {(case, "coppice"): facts for case in cases}, SHAPE, peaks)
+    return Judge(figures, {(case, "coppice"): facts for case in cases}, SHAPE, MATMUL)
 
 
 def goals(found, model="m", forms=("bf16",)):
@@ -37,7 +37,8 @@ def test_median_over_rounds_row_count_by_row_count():
 
 
 def test_share_of_bandwidth_is_taken_round_by_round():
-    found = Figure([800.0, 400.0, 900.0], [1e9, 0.5e9, 1e9])
+    fast, slow = (Limits(rate, 1e9, None) for rate in (1e9, 0.5e9))
+    found = Figure([800.0, 400.0, 900.0], [(fast, fast), (slow, slow), (fast, fast)])
     share = judge({(BF16, "coppice", "decode1"): found}).bandwidth_share(BF16)
     assert share == pytest.approx(0.8)  # the slow round was slow because the memory was
 
@@ -73,16 +74,22 @@ def test_batch_8_compares_the_best_precision_of_each():
     assert (goal.value, goal.met) == (1.875, False)
 
 
+def test_the_limits_of_a_figure_are_the_median_of_all_its_probes():
+    probes = [Limits(2.0, 20.0, None), Limits(1.0, 10.0, 5.0), Limits(3.0, 30.0, 7.0)]
+    assert median_limits(probes) == Limits(2.0, 20.0, 6.0)
+    assert Figure([1.0], [(probes[0], probes[2])]).bandwidths == [2.5]
+
+
 def test_roofline_is_the_slower_of_reading_and_computing():
     assert roofline_s(2e9, 1e9, bytes_s=1e9, ops_s=1e9) == 2.0
     assert roofline_s(2e9, 5e9, bytes_s=1e9, ops_s=1e9) == 5.0
 
 
 def test_verification_is_judged_by_its_worst_number_of_rows():
-    read = 1e6 / BANDWIDTH
+    read = 1e6 / LIMITS.read_bytes_s
     tested = judge({(BF16, "coppice", "verify"): figure([read * 1.25, *[1.0] * 5])})
-    computing = tested.roofline_s(BF16, 32, BANDWIDTH)
-    assert tested.roofline_s(BF16, 1, BANDWIDTH) == pytest.approx(0.0014104)
+    computing = tested.roofline_s(BF16, 32, LIMITS)
+    assert tested.roofline_s(BF16, 1, LIMITS) == pytest.approx(0.0014104)
     assert computing == pytest.approx(32 * 1e6 / 1e9 + SHAPE.attention_ops(32, 512) / 1e9)
     assert tested.over_roofline(BF16)[-1] == pytest.approx(1.0 / computing)
     assert not goals(tested)["m bf16 verify: worst time over roofline"].met
@@ -118,15 +125,15 @@ def test_nothing_measured_meets_no_goal_and_says_why():
 
 
 def test_without_a_probe_of_the_peak_its_share_is_not_measured():
-    blind = Peaks(fp32=1e9, matmul=0.8e9, int8=None)
+    blind = Limits(read_bytes_s=1e9, fp32=1e9, int8=None)
     measured = {
-        (INT8, "coppice", "prefill"): figure(100.0),
-        (INT8, "coppice", "verify"): figure([1.0] * 6),
+        (INT8, "coppice", "prefill"): figure(100.0, limits=blind),
+        (INT8, "coppice", "verify"): figure([1.0] * 6, limits=blind),
     }
-    found = goals(judge(measured, peaks=blind), forms=("int8",))
+    found = goals(judge(measured), forms=("int8",))
     for name in ("m int8 prefill: share of int8 peak", "m int8 verify: worst time over roofline"):
         assert found[name].value is None
-        assert found[name].note == "no probe of the int8 peak"
+        assert found[name].note == "the kernels have no probe of the int8 peak"
 
 
 def test_the_bundled_model_has_goals_of_its_own():

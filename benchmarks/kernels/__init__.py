@@ -1,0 +1,1 @@
+"""Single operators beside PyTorch's and the machine's limits."""

@@ -1,0 +1,216 @@
+"""Operators to time: ours and PyTorch's, with what each has to read and compute."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coppice.errors import EngineError
+from coppice.kernels.formats import BF16, Format, Quantized
+from coppice.kernels.interface import Ops
+from coppice.kernels.rows import Rows
+
+FORMATS = {
+    "bf16": BF16,
+    "int8": Format(name="int8", bits=8, activations="int8"),
+    "int4": Format(name="int4-g64", bits=4, group=64, activations="int8"),
+}
+BEYOND_CACHE_BYTES = 192 << 20
+"""Weights are cycled over copies of this size together, so that no cache holds them."""
+
+LINEARS = {
+    "0.5B down": (896, 4864),
+    "0.5B gate+up": (9728, 896),
+    "1B gate+up": (16384, 2048),
+    "1B down": (2048, 8192),
+}
+CONTEXT, CHUNK, PAGE = 8192, 512, 32
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 64
+"""Those of Llama-3.2-1B."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One thing to time.
+
+    Attributes:
+        name: of the operator and its size.
+        form: of the weights or pages.
+        rows: it works on.
+        size_bytes: of weights or pages it must read, at least.
+        ops: multiplications and additions.
+        ours: Coppice's call; ``None`` where it is not built, then ``note`` says so.
+        peers: PyTorch's calls by name, the fastest of which counts.
+    """
+
+    name: str
+    form: str
+    rows: int
+    size_bytes: float
+    ops: float
+    ours: Callable[[], object] | None
+    peers: dict[str, Callable[[], object]] = field(default_factory=dict)
+    note: str = ""
+
+
+def seconds_of(call: Callable[[], object], *, least_s: float = 0.02, samples: int = 5) -> float:
+    """Median seconds of a call, each sample long enough for the clock."""
+    call()
+    began = time.perf_counter()
+    call()
+    repeats = max(1, math.ceil(least_s / max(1e-7, time.perf_counter() - began)))
+    found = []
+    for _ in range(samples if repeats > 1 else 3):
+        began = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        found.append((time.perf_counter() - began) / repeats)
+    return statistics.median(found)
+
+
+def linears(ops: Ops, form: str, rows: list[int]) -> Iterator[Operator]:
+    """Every shape at every number of rows, in one format."""
+    for name, (n, k) in LINEARS.items():
+        weights, note = _pack_copies(ops, FORMATS[form], n, k)
+        size = weights[0].nbytes if weights else n * k * FORMATS[form].bits / 8
+        others = _torch_copies(form, n, k)
+        for count in rows:
+            x = torch.randn(count, k)
+            yield Operator(
+                f"linear {name} {n}x{k}",
+                form,
+                count,
+                float(size),
+                2.0 * count * n * k,
+                _over(weights, lambda w, x=x: ops.linear(x, w)) if weights else None,
+                {key: _over(copies, _torch_call(key, x)) for key, copies in others.items()},
+                note,
+            )
+
+
+def _over(copies: list[Any], call: Callable[[Any], object]) -> Callable[[], object]:
+    """Call with the next copy each time."""
+    turn = cycle(copies)
+    return lambda: call(next(turn))
+
+
+def _copies(size_bytes: float) -> int:
+    return max(1, math.ceil(BEYOND_CACHE_BYTES / size_bytes))
+
+
+def _pack_copies(ops: Ops, format: Format, n: int, k: int) -> tuple[list[Any], str]:
+    """Enough packed copies to lie beyond the cache; none and the reason if it is not built."""
+    source: Tensor | Quantized = torch.randn(n, k).to(torch.bfloat16)
+    if format.quantized:
+        low, high = (-127, 128) if format.bits == 8 else (-8, 8)
+        codes = torch.randint(low, high, (n, k), dtype=torch.int8)
+        source = Quantized(codes, torch.rand(n, format.num_groups(k)) * 0.01 + 0.001)
+    made = []
+    try:
+        for _ in range(_copies(n * k * format.bits / 8)):
+            packed = ops.empty_linear(n, k, format)
+            ops.fill_linear(packed, 0, source)
+            made.append(packed)
+    except EngineError as error:
+        return [], error.message
+    return made, ""
+
+
+def _torch_copies(form: str, n: int, k: int) -> dict[str, list[Any]]:
+    """PyTorch's weights for the format: plain matrices, or what its operators prepack."""
+    weight = torch.randn(n, k)
+    count = _copies(n * k * FORMATS[form].bits / 8)
+    if form == "bf16":
+        half = weight.to(torch.bfloat16)
+        return {
+            "bf16": [half.clone() for _ in range(count)],
+            "float32": [weight.clone() for _ in range(max(1, count // 2))],
+        }
+    if form == "int8":
+        codes = torch.quantize_per_channel(
+            weight, torch.full((n,), 0.01), torch.zeros(n), 0, torch.qint8
+        )
+        prepack = torch.ops.quantized.linear_prepack
+        return {"linear_dynamic": [prepack(codes, None) for _ in range(count)]}
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+        torch.randint(0, 16, (n, k), dtype=torch.int32), 1
+    )
+    scales = torch.ones(k // 64, n, 2, dtype=torch.bfloat16)
+    return {"int4pack_mm": [(packed.clone(), scales) for _ in range(count)]}
+
+
+def _torch_call(key: str, x: Tensor) -> Callable[[Any], object]:
+    if key == "linear_dynamic":
+        return lambda w: torch.ops.quantized.linear_dynamic(x, w)
+    half = x.to(torch.bfloat16)
+    if key == "int4pack_mm":
+        return lambda w: torch.ops.aten._weight_int4pack_mm_for_cpu(half, w[0], 64, w[1])
+    return (lambda w: F.linear(half, w)) if key == "bf16" else (lambda w: F.linear(x, w))
+
+
+def attentions(ops: Ops) -> Iterator[Operator]:
+    """One row, and a chunk of a prompt, at the end of a context of 8k tokens."""
+    pages = CONTEXT // PAGE
+    shape = (pages, KV_HEADS, PAGE, HEAD_DIM)
+    k = torch.randn(shape).to(torch.bfloat16)
+    v = torch.randn(shape).to(torch.bfloat16)
+    flat = [t.transpose(1, 2).reshape(CONTEXT, KV_HEADS, HEAD_DIM).transpose(0, 1) for t in (k, v)]
+    for name, rows in (("decode", 1), ("prefill", CHUNK)):
+        q = torch.randn(rows, HEADS, HEAD_DIM)
+        batch = Rows.chunk([0] * rows, list(range(pages)), CONTEXT - rows)
+        seen = rows * (CONTEXT - rows) + rows * (rows + 1) / 2
+        yield Operator(
+            f"attention {name} at 8k",
+            "bf16",
+            rows,
+            float(k.nbytes + v.nbytes),
+            4.0 * seen * HEADS * HEAD_DIM,
+            lambda q=q, batch=batch: ops.attention(q, batch, k, v, scale=HEAD_DIM**-0.5),
+            {
+                str(dtype).removeprefix("torch."): _sdpa(q, *flat, dtype)
+                for dtype in (torch.bfloat16, torch.float32)
+            },
+        )
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Callable[[], object]:
+    """PyTorch's attention over contiguous keys and values, unmasked: a little more work."""
+    # [1, heads, tokens, head_dim]
+    q, k, v = (t.to(dtype).contiguous()[None] for t in (q.transpose(0, 1), k, v))
+    return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def small_ones(ops: Ops) -> Iterator[Operator]:
+    """What surrounds the matrices, at one row and at a full step of rows."""
+    width = 2048
+    weight = torch.rand(width)
+    for rows in (1, 512):
+        x = torch.randn(rows, width)
+        gate_up = torch.randn(rows, 2 * 8192)
+        yield Operator(
+            "rms_norm 2048",
+            "float32",
+            rows,
+            8.0 * x.numel(),
+            4.0 * x.numel(),
+            lambda x=x: ops.rms_norm(x, weight, eps=1e-5),
+            {"rms_norm": lambda x=x: F.rms_norm(x, (width,), weight, 1e-5)},
+        )
+        yield Operator(
+            "silu(gate) * up 8192",
+            "float32",
+            rows,
+            6.0 * gate_up.numel(),
+            4.0 * gate_up.numel(),
+            lambda g=gate_up: ops.gated_activation(g, "silu"),
+            {"silu, mul": lambda g=gate_up: F.silu(g[:, :8192]) * g[:, 8192:]},
+        )
