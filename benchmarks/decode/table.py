@@ -12,7 +12,12 @@ from benchmarks.decode.goals import Judge, median
 from benchmarks.peers.protocol import VERIFY_ROWS
 
 COLUMNS = ["model", "task", "contender", "median [min–max]", "n", "GB/s", "probed", "of best peer"]
-UNITS = {"decode1": "tok/s", "decode8": "tok/s", "prefill": "tok/s", "verify": "ms"}
+UNITS = {
+    "decode1": "tok/s",
+    "decode8": "tok/s",
+    "prefill": "tok/s",
+    "verify": f"ms at {', '.join(map(str, VERIFY_ROWS))} rows",
+}
 
 
 def rows(judge: Judge, model: str, forms: list[str]) -> Iterator[list[str]]:
@@ -52,8 +57,7 @@ def _title(judge: Judge, case: Case, name: str) -> str:
 
 def _text(value: Any, values: list[Any]) -> str:
     if isinstance(value, list):
-        times = " ".join(f"{1e3 * t:.3g}" for t in value)
-        return f"{times} ({', '.join(map(str, VERIFY_ROWS))} rows)"
+        return " ".join(f"{1e3 * t:.3g}" for t in value)
     spread = f" [{min(values):.4g}–{max(values):.4g}]" if len(values) > 1 else ""
     return f"{value:.4g}{spread}"
 
