@@ -28,13 +28,20 @@ class Limits:
     Attributes:
         read_bytes_s: bytes per second of reading memory that no cache holds.
         fp32: fused multiply-adds on float32, in registers.
+        matmul: PyTorch's square product, in float32 or bfloat16, whichever is faster here.
         int8: products of int8 summed in int32, in registers; ``None`` where the kernels
             have no probe for it.
     """
 
     read_bytes_s: float
     fp32: float
-    int8: float | None
+    matmul: float
+    int8: float | None = None
+
+    @property
+    def bf16(self) -> float:
+        """The fastest rate known for bf16 weights: float32's where bf16 is emulated."""
+        return max(self.fp32, self.matmul)
 
 
 def median_limits(limits: Sequence[Limits]) -> Limits:
@@ -43,6 +50,7 @@ def median_limits(limits: Sequence[Limits]) -> Limits:
     return Limits(
         statistics.median(each.read_bytes_s for each in limits),
         statistics.median(each.fp32 for each in limits),
+        statistics.median(each.matmul for each in limits),
         statistics.median(int8) if int8 else None,
     )
 
@@ -62,6 +70,8 @@ class Prober:
         self._memory = torch.empty(SIZE_BYTES // 4)
         _native.advise_huge(self._memory.data_ptr(), self._memory.nbytes)
         self._memory.fill_(1.0)
+        torch.set_num_threads(usable_cores())
+        self._dtype = max((torch.float32, torch.bfloat16), key=lambda d: _matmul_rate(d, 1))
 
     def limits(self) -> Limits:
         """Measure all rates once."""
@@ -69,23 +79,18 @@ class Prober:
         return Limits(
             self._native.read_probe(self._memory.data_ptr(), self._memory.numel(), 4),
             self._native.fma_probe(FMA_ROUNDS),
+            _matmul_rate(self._dtype),
             None if int8_probe is None else int8_probe(FMA_ROUNDS),
         )
 
 
-def matmul_rate() -> float:
-    """Operations per second of PyTorch's square product, the better of float32 and bfloat16."""
-    torch.set_num_threads(usable_cores())
-    return max(_matmul_rate(dtype) for dtype in (torch.float32, torch.bfloat16))
-
-
-def _matmul_rate(dtype: torch.dtype) -> float:
+def _matmul_rate(dtype: torch.dtype, samples: int = 3) -> float:
     size = MATMUL_SIZE
-    a = torch.rand(size, size).to(dtype)
-    b = torch.rand(size, size).to(dtype)
-    seconds: list[float] = []
+    a = torch.ones(size, size).to(dtype)
+    b = torch.ones(size, size).to(dtype)
     a @ b
-    while len(seconds) < 5 and sum(seconds) < 0.3:  # where bf16 is emulated it takes long
+    seconds = []
+    for _ in range(samples):
         began = time.perf_counter()
         a @ b
         seconds.append(time.perf_counter() - began)

@@ -15,10 +15,10 @@ import sys
 import time
 
 from benchmarks.decode import table
-from benchmarks.decode.contest import FORMATS, TASKS, Case, Contest, Tokens
+from benchmarks.decode.contest import FORMATS, PEERS, TASKS, Case, Contest, Tokens
 from benchmarks.decode.goals import Judge
 from benchmarks.decode.shape import Shape
-from benchmarks.probe import Prober, matmul_rate, median_limits
+from benchmarks.probe import Prober, median_limits
 from benchmarks.report import Report
 from coppice.kernels.threads import usable_cores
 from tools.peers import places
@@ -26,13 +26,15 @@ from tools.peers.models import MODELS, make_checkpoint, prepare
 
 SHORT = {"qwen2.5-0.5b": Tokens(32, 32), "llama-3.2-1b": Tokens(16, 32)}
 """Enough for a steady figure; the bundled model, and all with --whole, get 128 and 128."""
-QUICK = ("bundled", "qwen2.5-0.5b")
+QUICK_MODELS = ("bundled", "qwen2.5-0.5b")
+QUICK_TASKS = ("decode1", "verify")
+"""With --quick, of models with random weights; slow peers are then left out too."""
 
 
 def main() -> int:
     """Run, print, keep; non-zero when a goal is missed."""
     args = _arguments()
-    models = args.models or list(QUICK if args.quick else MODELS)
+    models = args.models or list(QUICK_MODELS if args.quick else MODELS)
     for model in models:
         make_checkpoint(model)
         for line in prepare(model):
@@ -44,30 +46,30 @@ def main() -> int:
         tokens=tokens.__getitem__,
         limits=prober.limits,
     )
-    matmul = matmul_rate()
+    if args.quick:
+        contest.leave_out([peer for peer in PEERS if not peer.quick], "left out by --quick")
     cases = [Case(model, form) for model in models for form in args.formats]
     _run(contest, cases, args)
     report = Report(_name(args, models), table.COLUMNS)
-    report.metrics["matmul_flop_s"] = matmul
     report.metrics["tokens"] = {m: t._asdict() for m, t in tokens.items()}
     for model in models:
         shape = Shape.of(places.checkpoint(model))
-        judge = Judge(contest.figures, contest.facts, shape, matmul)
+        judge = Judge(contest.figures, contest.facts, shape)
         report.rows += table.rows(judge, model, args.formats)
         report.metrics |= table.metrics(judge, model, args.formats)
         report.goals += judge.goals(model, args.formats)
-    report.rows.append(_limits_row(contest, matmul))
+    report.rows.append(_limits_row(contest))
     return report.finish()
 
 
-def _limits_row(contest: Contest, matmul: float) -> list[str]:
+def _limits_row(contest: Contest) -> list[str]:
     """The machine's rates over the whole run, as the table's last row."""
     pairs = [pair for figure in contest.figures.values() for pair in figure.limits]
     if not pairs:
         return ["machine", "", "limits", "nothing was measured", "0", "", "", ""]
     limits = median_limits([each for pair in pairs for each in pair])
     int8 = f"{limits.int8 / 1e9:.0f}" if limits.int8 else "not probed"
-    text = f"G/s: fp32 {limits.fp32 / 1e9:.0f}, matmul {matmul / 1e9:.0f}, int8 {int8}"
+    text = f"G/s: fp32 {limits.fp32 / 1e9:.0f}, matmul {limits.matmul / 1e9:.0f}, int8 {int8}"
     read = f"{limits.read_bytes_s / 1e9:.1f}"
     return ["machine", "", "limits", text, str(2 * len(pairs)), "", read, ""]
 
@@ -77,7 +79,8 @@ def _run(contest: Contest, cases: list[Case], args: argparse.Namespace) -> None:
     began = time.perf_counter()
     limit_s = 60.0 * args.minutes
     for case in cases:
-        contest.round(case, args.tasks)
+        quick = args.quick and case.model != "bundled"
+        contest.round(case, [t for t in args.tasks if not quick or t in QUICK_TASKS])
     spent_s = time.perf_counter() - began
     if "decode1" in args.tasks:
         for _ in range(1, args.rounds):
@@ -92,7 +95,9 @@ def _run(contest: Contest, cases: list[Case], args: argparse.Namespace) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.decode", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one round of the smaller models")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smaller models, two tasks, the faster peers"
+    )
     parser.add_argument("--models", nargs="*", choices=MODELS, default=None)
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))

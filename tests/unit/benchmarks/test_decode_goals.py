@@ -11,8 +11,7 @@ from benchmarks.decode.table import rows
 from benchmarks.probe import Limits, median_limits
 
 SHAPE = Shape(vocab_size=1000, hidden_size=100, layers=2, attention_width=100, body=400_000)
-LIMITS = Limits(read_bytes_s=1e9, fp32=1e9, int8=4e9)
-MATMUL = 0.8e9
+LIMITS = Limits(read_bytes_s=1e9, fp32=1e9, matmul=0.8e9, int8=4e9)
 BF16, INT8 = Case("m", "bf16"), Case("m", "int8")
 
 
@@ -23,7 +22,7 @@ def figure(*values, note="", limits=LIMITS):
 def judge(figures, weight_bytes=1e6):
     facts = {"weight_bytes": weight_bytes, "kv_bytes_per_token": 0.0, "outside_model_us": 50.0}
     cases = {case for case, _, _ in figures}
-    return Judge(figures, {(case, "coppice"): facts for case in cases}, SHAPE, MATMUL)
+    return Judge(figures, {(case, "coppice"): facts for case in cases}, SHAPE)
 
 
 def goals(found, model="m", forms=("bf16",)):
@@ -37,7 +36,7 @@ def test_median_over_rounds_row_count_by_row_count():
 
 
 def test_share_of_bandwidth_is_taken_round_by_round():
-    fast, slow = (Limits(rate, 1e9, None) for rate in (1e9, 0.5e9))
+    fast, slow = (Limits(rate, 1e9, 1e9) for rate in (1e9, 0.5e9))
     found = Figure([800.0, 400.0, 900.0], [(fast, fast), (slow, slow), (fast, fast)])
     share = judge({(BF16, "coppice", "decode1"): found}).bandwidth_share(BF16)
     assert share == pytest.approx(0.8)  # the slow round was slow because the memory was
@@ -75,8 +74,8 @@ def test_batch_8_compares_the_best_precision_of_each():
 
 
 def test_the_limits_of_a_figure_are_the_median_of_all_its_probes():
-    probes = [Limits(2.0, 20.0, None), Limits(1.0, 10.0, 5.0), Limits(3.0, 30.0, 7.0)]
-    assert median_limits(probes) == Limits(2.0, 20.0, 6.0)
+    probes = [Limits(2.0, 20.0, 9.0), Limits(1.0, 10.0, 8.0, 5.0), Limits(3.0, 30.0, 7.0, 7.0)]
+    assert median_limits(probes) == Limits(2.0, 20.0, 8.0, 6.0)
     assert Figure([1.0], [(probes[0], probes[2])]).bandwidths == [2.5]
 
 
@@ -125,7 +124,7 @@ def test_nothing_measured_meets_no_goal_and_says_why():
 
 
 def test_without_a_probe_of_the_peak_its_share_is_not_measured():
-    blind = Limits(read_bytes_s=1e9, fp32=1e9, int8=None)
+    blind = Limits(read_bytes_s=1e9, fp32=1e9, matmul=0.8e9)
     measured = {
         (INT8, "coppice", "prefill"): figure(100.0, limits=blind),
         (INT8, "coppice", "verify"): figure([1.0] * 6, limits=blind),
