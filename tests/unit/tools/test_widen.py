@@ -17,7 +17,7 @@ from tools.widen import widen
 LARGE = {
     "model_type": "qwen2",
     "vocab_size": 5000,
-    "hidden_size": 256,
+    "hidden_size": 512,
     "intermediate_size": 512,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
@@ -40,12 +40,12 @@ def test_logits_stay_and_added_tokens_never_win(tmp_path: Path) -> None:
     tokens = [(7919 * i) % 4096 for i in range(200)]
     small, large = logits(DRAFT, tokens), logits(tmp_path, tokens)
     shift = (large[:, :4096] - small).mean(1, keepdim=True)  # the marked dim adds a constant
-    assert (large[:, :4096] - small - shift).abs().max() < 0.02  # norm weights are bf16
+    assert (large[:, :4096] - small - shift).abs().max() < 2e-4  # a quarter: exact in bf16
     assert torch.equal(large.argmax(1), small.argmax(1))
     assert (large[:, 4096:].amax(1) < small.amin(1) - 10).all()
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_hidden_layers"])
 def test_a_shape_that_is_not_larger_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(SystemExit, match="larger|grow"):
+    with pytest.raises(SystemExit, match=r"larger|grow"):
         widen(Path(DRAFT), {**LARGE, name: 1}, tmp_path)
