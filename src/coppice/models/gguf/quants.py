@@ -64,6 +64,39 @@ def _q4_0(raw: Bytes) -> Floats:
     return _f16(scale) * codes.astype(np.float32)
 
 
+def split_blocks(raw: Bytes, kind: str) -> tuple[Floats, NDArray[np.int8]]:
+    """Scales ``[num_blocks]`` and codes ``[num_blocks, 32]`` of Q8_0 or Q4_0."""
+    blocks = raw.reshape(-1, BY_NAME[kind].block_bytes)
+    scale, packed = _split(blocks, 2, blocks.shape[1] - 2)
+    if kind == "Q8_0":
+        return _f16(scale).reshape(-1), packed.view(np.int8)
+    codes = _nibbles(packed).reshape(-1, 32).astype(np.int8) - np.int8(8)
+    return _f16(scale).reshape(-1), codes
+
+
+def _q4_1(raw: Bytes) -> Floats:
+    scale, minimum, packed = _split(raw, 2, 2, 16)
+    return _f16(scale) * _nibbles(packed).reshape(-1, 32).astype(np.float32) + _f16(minimum)
+
+
+def _fifth_bits(high: Bytes, packed: Bytes) -> Bytes:
+    """Four bytes of top bits and sixteen of nibbles to 32 codes of 5 bits."""
+    words = high.view("<u4")  # [num_blocks, 1]
+    fifth = (words >> np.arange(32, dtype=np.uint32)).astype(np.uint8) & np.uint8(1)
+    return _nibbles(packed).reshape(-1, 32) | (fifth << np.uint8(4))
+
+
+def _q5_0(raw: Bytes) -> Floats:
+    scale, high, packed = _split(raw, 2, 4, 16)
+    codes = _fifth_bits(high, packed).astype(np.int8) - np.int8(16)
+    return _f16(scale) * codes.astype(np.float32)
+
+
+def _q5_1(raw: Bytes) -> Floats:
+    scale, minimum, high, packed = _split(raw, 2, 2, 4, 16)
+    return _f16(scale) * _fifth_bits(high, packed).astype(np.float32) + _f16(minimum)
+
+
 def _k_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
     """Twelve bytes to eight 6-bit scales and eight 6-bit minima."""
     low, middle, high = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
@@ -109,6 +142,9 @@ TYPES: dict[int, Quant] = {
     0: Quant("F32", 1, 4, _f32),
     1: Quant("F16", 1, 2, _f16),
     2: Quant("Q4_0", 32, 18, _q4_0),
+    3: Quant("Q4_1", 32, 20, _q4_1),
+    6: Quant("Q5_0", 32, 22, _q5_0),
+    7: Quant("Q5_1", 32, 24, _q5_1),
     8: Quant("Q8_0", 32, 34, _q8_0),
     12: Quant("Q4_K", 256, 144, _q4_k),
     13: Quant("Q5_K", 256, 176, _q5_k),

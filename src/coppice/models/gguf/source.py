@@ -1,8 +1,7 @@
 """GGUF tensors as the model loader wants them.
 
 Quantised weights are expanded to float32 or bfloat16 as they are read: for now only the
-file stays small, not the resident model. Keeping the blocks in their own layout is the
-business of `coppice.weights`.
+file stays small, not the resident model.
 """
 
 from __future__ import annotations
@@ -15,9 +14,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from coppice.kernels.formats import Format
 from coppice.models.gguf.names import Piece
-from coppice.models.gguf.quants import BY_NAME, dequantize
+from coppice.models.gguf.quants import BY_NAME, Bytes, dequantize
 from coppice.models.gguf.reader import GGUFReader
+from coppice.models.source import Codes
 
 _CHUNK_ELEMENTS = 4 << 20
 _SAMPLE_BYTES = 4096
@@ -62,6 +63,14 @@ class GGUFSource:
             flat = paired.transpose(1, 2).contiguous()
         return flat.view(piece.shape)
 
+    def stored_format(self, name: str) -> Format | None:
+        """None: quantised types are expanded."""
+        return None
+
+    def read_codes(self, name: str) -> Codes:
+        """Never called, since no tensor has a stored format."""
+        raise KeyError(name)
+
     def release(self, name: str) -> None:
         """Let the file's pages go; a stacked tensor's go with its last expert."""
         piece = self._pieces[name]
@@ -87,6 +96,12 @@ class GGUFSource:
         """Unmap the file."""
         self._reader.close()
 
+    def _raw(self, piece: Piece) -> Bytes:
+        """The stored bytes of a tensor, or of one expert's slice of it."""
+        quant = BY_NAME[piece.info.kind]
+        size = math.prod(piece.shape) // quant.block * quant.block_bytes
+        return self._reader.tensor_bytes(piece.info)[(piece.expert or 0) * size :][:size]
+
     def _expand(self, piece: Piece, dtype: torch.dtype) -> Tensor:
         """Stored blocks to a new flat tensor, some million elements at a time.
 
@@ -95,9 +110,7 @@ class GGUFSource:
         """
         quant = BY_NAME[piece.info.kind]
         count = math.prod(piece.shape)
-        raw = self._reader.tensor_bytes(piece.info)
-        size = count // quant.block * quant.block_bytes
-        raw = raw[(piece.expert or 0) * size :][:size]
+        raw = self._raw(piece)
         out = torch.empty(count, dtype=torch.float32 if piece.offset else dtype)
         step = _CHUNK_ELEMENTS // quant.block
         for block in range(0, count // quant.block, step):
