@@ -14,6 +14,7 @@ from coppice.cli.bench import bench
 from coppice.cli.chat import chat
 from coppice.cli.console import print_error
 from coppice.cli.doctor import doctor
+from coppice.cli.quantize import quantize
 from coppice.cli.run import run as run_prompt
 from coppice.cli.serve import serve
 from coppice.errors import CoppiceError
@@ -56,6 +57,7 @@ app.command()(serve)
 app.command()(chat)
 app.command("run")(run_prompt)
 app.add_typer(bench, name="bench")
+app.command()(quantize)
 app.command()(doctor)
 
 

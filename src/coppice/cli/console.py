@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,6 +13,7 @@ from coppice.errors import CoppiceError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 
 T = TypeVar("T")
@@ -67,6 +69,19 @@ def write_answer(text: str) -> None:
 
 def track(items: Iterable[T], *, total: int, label: str = "Answering") -> Iterator[T]:
     """Pass items through while a bar on stderr shows how many have come."""
+    with _bar() as progress:
+        yield from progress.track(items, total=total, description=label)
+
+
+@contextmanager
+def counting(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, moved by calling what this yields with (done, total)."""
+    with _bar() as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _bar() -> Progress:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -83,5 +98,4 @@ def track(items: Iterable[T], *, total: int, label: str = "Answering") -> Iterat
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err(), transient=True) as progress:
-        yield from progress.track(items, total=total, description=label)
+    return Progress(*columns, console=err(), transient=True)

@@ -11,6 +11,20 @@ from coppice.settings import RoomConfig, cache_root, setting
 
 DType = Literal["auto", "float32", "bfloat16"]
 Speculate = Literal["off", "auto", "lookup", "draft"]
+Quantization = Literal[
+    "none",
+    "int8",
+    "int4",
+    "int4-g32",
+    "int4-g64",
+    "int4-g128",
+    "int8-weight-only",
+    "int4-weight-only",
+    "int4-g32-weight-only",
+    "int4-g64-weight-only",
+    "int4-g128-weight-only",
+]
+"""``none``, or a name of `coppice.weights.names` (not imported here: it brings PyTorch)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +44,11 @@ class EngineConfig(RoomConfig):
     dtype: DType = setting(
         "auto",
         "Precision of weights and KV pages; 'auto' loses nothing (float16 becomes float32).",
+    )
+    quantization: Quantization = setting(
+        "none",
+        "Round the weights as they are loaded, and multiply them with int8 rows, or with float "
+        "rows ('-weight-only'); 'none' keeps what the checkpoint has.",
     )
     context_length: int | None = setting(
         None,

@@ -18,7 +18,7 @@ from coppice.engine.loading import load_engine_model
 from coppice.engine.messages import Output
 from coppice.engine.outputs import CompletionOutput, RequestOutput
 from coppice.engine.request import Request, SamplingParams
-from coppice.errors import ConfigError, RequestError
+from coppice.errors import RequestError
 from coppice.models.template import prepare_messages, render_chat
 from coppice.models.tokenizer import Tokenizer
 
@@ -48,7 +48,8 @@ class LLM:
     Args:
         model: a folder, a GGUF file, a hub id, or ``"bundled"``.
         dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
-        quantization: none is built yet; anything but ``None`` is refused.
+        quantization: ``"int8"``, ``"int4"``, ``"int4-weight-only"``, … (see
+            `EngineConfig.quantization`); ``None`` keeps what the checkpoint has.
         settings: further `EngineConfig` fields (``context_length``, ``kv_cache_mib``, …).
 
     Raises:
@@ -63,12 +64,7 @@ class LLM:
         quantization: str | None = None,
         **settings: Any,
     ) -> None:
-        if quantization is not None:
-            raise ConfigError(
-                f"quantization={quantization!r} is not built; omit it, or load a checkpoint "
-                "in float32 or bfloat16.",
-                param="quantization",
-            )
+        settings["quantization"] = "none" if quantization is None else quantization
         config = EngineConfig.from_values(model=model, dtype=dtype, **settings)
         self._engine = Engine(load_engine_model(config), config)
         self._lock = threading.Lock()

@@ -50,7 +50,12 @@ def load_engine_model(config: EngineConfig) -> EngineModel:
     """
     if config.num_threads is not None:
         set_num_threads(config.num_threads)
-    loaded = load_model(config.model, dtype=config.dtype, max_context=config.context_length)
+    loaded = load_model(
+        config.model,
+        dtype=config.dtype,
+        quantization=None if config.quantization == "none" else config.quantization,
+        max_context=config.context_length,
+    )
     tokenizer = tokenizer_of(loaded)
     check_vocabulary(loaded.config, tokenizer.vocab_size)
     facts = ModelFacts(
@@ -60,7 +65,7 @@ def load_engine_model(config: EngineConfig) -> EngineModel:
         vocab_size=loaded.config.vocab_size,
         num_params=loaded.num_params,
         weight_bytes=loaded.weight_bytes,
-        weight_format=loaded.dtype,
+        weight_format=loaded.quantization or loaded.dtype,
         fingerprint=f"cop_{loaded.fingerprint[:16]}",
         page_size=config.page_size,
         num_pages=0,

@@ -15,7 +15,9 @@ from coppice.models.mlp import FeedForward, GatedMLP
 from coppice.models.moe import ExpertMixture
 from coppice.models.plan import DecoderPlan, LayerPlan, Stack, bias_of, check_plan, make_plan
 from coppice.models.source import TensorSource
-from coppice.weights import BF16, Format, Linear, Part
+from coppice.weights import BF16, Format, Linear, Part, Quantized
+from coppice.weights.names import Scheme, with_activations
+from coppice.weights.rounding import round_to_nearest
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes to read), counted at the packed precision."""
@@ -27,11 +29,20 @@ def build_weights(
     ops: Ops,
     *,
     format: Format,
+    scheme: Scheme | None = None,
     progress: Progress | None = None,
 ) -> DecoderWeights:
     """Check the whole checkpoint against ``config``, then read and pack it.
 
     Peak memory is the packed weights plus one source tensor.
+
+    Args:
+        config: what the checkpoint is compared with.
+        source: its tensors.
+        ops: who packs them.
+        format: a float format, for matrices that are stored as floats.
+        scheme: quantize matrices to this; those stored as codes of as many bits keep them.
+        progress: told how far it is.
 
     Raises:
         CheckpointError: tensors are missing, misshaped, unexpected or contradict ``config``.
@@ -39,7 +50,8 @@ def build_weights(
     plan = make_plan(config, set(source.names()))
     check_plan(plan, source)
     _check_tie(plan, source)
-    return _Builder(config, source, ops, format, _Meter(plan, format, progress)).decoder(plan)
+    formats = _Formats(source, format, scheme)
+    return _Builder(config, source, ops, formats, _Meter(plan, format, progress)).decoder(plan)
 
 
 def _check_tie(plan: DecoderPlan, source: TensorSource) -> None:
@@ -68,41 +80,64 @@ class _Meter:
             torch.Size(shape).numel() for shape in plan.tensors().values()
         )
 
-    def add(self, tensor: Tensor) -> None:
-        self._done += tensor.numel() * self._item
+    def add(self, count: int) -> None:
+        self._done += count * self._item
         if self._report is not None:
             self._report(self._done, self._total)
+
+
+class _Formats:
+    """Decides how each matrix is kept."""
+
+    def __init__(self, source: TensorSource, floats: Format, scheme: Scheme | None) -> None:
+        self._source = source
+        self.floats = floats
+        self.layers = None if scheme is None else scheme.layers
+        self.embedding = None if scheme is None else scheme.embedding
+
+    def choose(self, stack: Stack, wanted: Format | None) -> Format:
+        """``wanted`` where the checkpoint stores something else, its own codes otherwise."""
+        stored = self.stored(stack)
+        if stored is None or (wanted is not None and wanted.bits != stored.bits):
+            return wanted or self.floats
+        return stored if wanted is None else with_activations(stored, wanted.activations)
+
+    def stored(self, stack: Stack) -> Format | None:
+        """The one format all parts are stored in; None for floats, or where they differ."""
+        found = {self._source.stored_format(name) for name, _ in stack.parts}
+        return None if stack.expert is not None or len(found) > 1 else found.pop()
 
 
 class _Builder:
     """Reads what a plan asks for."""
 
     def __init__(
-        self, config: ModelConfig, source: TensorSource, ops: Ops, format: Format, meter: _Meter
+        self, config: ModelConfig, source: TensorSource, ops: Ops, formats: _Formats, meter: _Meter
     ) -> None:
         self._config = config
         self._source = source
         self._ops = ops
-        self._format = format
-        self._dtype = format.dtype if not format.quantized else torch.float32
+        self._formats = formats
         self._meter = meter
         self._whole: tuple[str, Tensor] | None = None
 
     def decoder(self, plan: DecoderPlan) -> DecoderWeights:
-        embedding = self._linear(plan.embedding)
+        wanted = self._formats.embedding
+        embedding = self._linear(plan.embedding, wanted)
         layers = [self._layer(layer) for layer in plan.layers]
         return DecoderWeights(
             embedding=embedding,
             layers=layers,
             norm=self._norm(*plan.norm),
-            head=embedding if plan.head is None else self._linear(plan.head),
+            head=embedding if plan.head is None else self._linear(plan.head, wanted),
         )
 
     def _layer(self, plan: LayerPlan) -> LayerWeights:
         norms = {role: self._norm(*norm) for role, norm in plan.norms.items()}
+        wanted = self._formats.layers
         return LayerWeights(
-            qkv=self._linear(plan.qkv),
-            output=self._linear(plan.output),
+            qkv=self._linear(plan.qkv, wanted),
+            output=self._linear(plan.output, wanted),
             mlp=self._mlp(plan),
             before_attention=norms.get("before_attention"),
             after_attention=norms.get("after_attention"),
@@ -115,49 +150,64 @@ class _Builder:
     def _mlp(self, plan: LayerPlan) -> FeedForward:
         activation, spec = self._config.activation, self._config.experts
         # Matrices in two passes: a tensor that holds all experts is then read once.
-        firsts = [self._linear(gate_up) for gate_up, _ in plan.mlps]
-        seconds = [self._linear(down) for _, down in plan.mlps]
+        wanted = self._formats.layers
+        firsts = [self._linear(gate_up, wanted) for gate_up, _ in plan.mlps]
+        seconds = [self._linear(down, wanted) for _, down in plan.mlps]
         self._whole = None
         pairs = zip(firsts, seconds, strict=True)
         mlps = [GatedMLP(first, second, self._ops, activation) for first, second in pairs]
         if plan.router is None or spec is None:
             return mlps[0]
-        return ExpertMixture(self._linear(plan.router), mlps, spec)
+        router = self._pack(plan.router, self._formats.floats)
+        return ExpertMixture(router, mlps, spec)
 
     def _norm(self, name: str, size: int) -> Tensor:
         weight = self._source.read(name, torch.float32).reshape(size)
-        self._meter.add(weight)
+        self._meter.add(weight.numel())
         self._source.release(name)
         return weight.to(self._ops.device) + self._config.norm_offset
 
-    def _linear(self, stack: Stack) -> Linear:
+    def _linear(self, stack: Stack, wanted: Format | None) -> Linear:
+        return self._pack(stack, self._formats.choose(stack, wanted))
+
+    def _pack(self, stack: Stack, format: Format) -> Linear:
         return Linear.pack(
             self._ops,
             stack.name,
-            self._parts(stack),
+            self._parts(stack, format),
             shape=(stack.out_features, stack.in_features),
-            format=self._format,
+            format=format,
             bias=stack.bias,
         )
 
-    def _parts(self, stack: Stack) -> Iterator[Part]:
-        for name, _ in stack.parts:
+    def _parts(self, stack: Stack, format: Format) -> Iterator[Part]:
+        stored = self._formats.stored(stack)
+        for name, rows in stack.parts:
             bias = None
             if stack.bias:
                 bias = self._source.read(bias_of(name), torch.float32)
-                self._meter.add(bias)
-            weight = self._read(name) if stack.expert is None else self._slice(name, stack.expert)
-            self._meter.add(weight)
-            yield Part(weight, bias)
-            del weight
+                self._meter.add(rows)
+            if stored is not None and stored.bits == format.bits:
+                weight, order = self._source.read_codes(name)
+                yield Part(weight, bias, order)
+                del weight
+            else:
+                yield Part(self._floats(stack, name, format), bias)
+            self._meter.add(rows * stack.in_features)
             self._source.release(name)
 
-    def _read(self, name: str) -> Tensor:
-        return self._source.read(name, self._dtype)
+    def _floats(self, stack: Stack, name: str, format: Format) -> Tensor | Quantized:
+        """One part read as floats, and rounded to nearest where the format has codes."""
+        dtype = torch.float32 if format.quantized else format.dtype
+        if stack.expert is None:
+            weight = self._source.read(name, dtype)
+        else:
+            weight = self._slice(name, stack.expert, dtype)
+        return round_to_nearest(weight, format, name=name) if format.quantized else weight
 
-    def _slice(self, name: str, index: int) -> Tensor:
+    def _slice(self, name: str, index: int, dtype: torch.dtype) -> Tensor:
         """One expert's matrix of a tensor for all, which is kept until the next one."""
         if self._whole is None or self._whole[0] != name:
             self._whole = None
-            self._whole = (name, self._read(name))
+            self._whole = (name, self._source.read(name, dtype))
         return self._whole[1][index]

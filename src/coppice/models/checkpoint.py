@@ -10,6 +10,7 @@ from typing import Any
 
 from coppice.errors import CheckpointError, UnsupportedModelError
 from coppice.models.fields import short
+from coppice.models.quantized.source import NAME_KEY, open_quantized
 from coppice.models.safetensors import SafetensorsFile, SafetensorsSource
 from coppice.models.source import TensorSource
 
@@ -18,6 +19,7 @@ MAX_SHARDS = 10_000
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_OLD_GPTQ = "quantize_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -27,7 +29,7 @@ class Checkpoint:
 
     Attributes:
         folder: where its files are.
-        config: ``config.json`` as parsed.
+        config: ``config.json`` as parsed, less ``quantization_config``, which ``source`` knows.
         generation: ``generation_config.json`` as parsed, or empty.
         source: its tensors.
     """
@@ -50,7 +52,18 @@ def open_folder(folder: Path) -> Checkpoint:
     config = read_json(folder / "config.json")
     extra = folder / "generation_config.json"
     generation = read_json(extra) if extra.is_file() else {}
-    return Checkpoint(folder, config, generation, open_tensors(folder))
+    settings = config.pop("quantization_config", None)
+    if settings is None and (folder / _OLD_GPTQ).is_file():
+        settings = read_json(folder / _OLD_GPTQ)
+    files = open_tensors(folder)
+    if settings is None:
+        return Checkpoint(folder, config, generation, files)
+    try:
+        source = open_quantized(files, settings, config.get(NAME_KEY))
+    except CheckpointError:
+        files.close()
+        raise
+    return Checkpoint(folder, config, generation, source)
 
 
 def read_json(path: Path) -> dict[str, Any]:

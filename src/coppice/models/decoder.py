@@ -52,6 +52,15 @@ class DecoderWeights:
             total += sum(part.nbytes for part in parts if part is not None)
         return int(total)
 
+    def formats(self) -> dict[str, int]:
+        """How many of the layers' weights are in each format, by its name."""
+        found: dict[str, int] = {}
+        for layer in self.layers:
+            for linear in (layer.qkv, layer.output, *layer.mlp.linears()):
+                name = linear.format.name
+                found[name] = found.get(name, 0) + linear.shape[0] * linear.shape[1]
+        return found
+
 
 class Decoder:
     """Runs rows through the model once.
@@ -62,6 +71,8 @@ class Decoder:
         ops: the operators that packed them.
         max_context: positions to serve, at most ``config.max_position`` (the default). It
             decides which frequencies a LongRoPE model uses, see `coppice.models.rope`.
+        dtype: precision of KV pages; that of the embedding where it is kept as floats, and
+            bfloat16 elsewhere.
     """
 
     def __init__(
@@ -71,12 +82,14 @@ class Decoder:
         ops: Ops,
         *,
         max_context: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
         self.max_context = min(max_context or config.max_position, config.max_position)
         self._ops = ops
-        dtype = torch.float32 if weights.embedding.format == F32 else torch.bfloat16
+        if dtype is None:
+            dtype = torch.float32 if weights.embedding.format == F32 else torch.bfloat16
         self._kv_dtype = dtype
         self._scale = _rounded(math.sqrt(config.hidden_size), dtype, config.scale_embedding)
         specs = (*config.ropes, None)  # the last one for layers without positions
@@ -98,6 +111,18 @@ class Decoder:
             device=torch.device(self._ops.device),
         )
 
+    def embed(self, rows: Rows) -> Tensor:
+        """What the first layer is given: ``[T, hidden]``."""
+        x = self.weights.embedding.gather(rows.token)
+        return x if self._scale == 1.0 else x * self._scale
+
+    def run_layer(
+        self, index: int, x: Tensor, rows: Rows, *, k_pages: Tensor, v_pages: Tensor
+    ) -> Tensor:
+        """One layer alone, ``x [T, hidden]`` to ``[T, hidden]`` (calibration, measurements)."""
+        self._reach(rows)
+        return self._blocks[index](x, rows, k_pages, v_pages, None)
+
     def forward(self, rows: Rows, pool: KVPages) -> Tensor:
         """Write the rows' K and V into ``pool`` and compute logits for the wanted rows.
 
@@ -110,9 +135,7 @@ class Decoder:
         ops, weights, config = self._ops, self.weights, self.config
         rows = rows.to(ops.device)
         self._reach(rows)
-        x = weights.embedding.gather(rows.token)  # [T, hidden]
-        if self._scale != 1.0:
-            x = x * self._scale
+        x = self.embed(rows)  # [T, hidden]
         last = len(self._blocks) - 1
         wanted = rows.logit_rows if rows.logit_rows.shape[0] < rows.num_rows else None
         for i, block in enumerate(self._blocks):
@@ -181,7 +204,7 @@ class Block:
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return x if weight is None else self._ops.rms_norm(x, weight, eps=self._eps)
 
-    def _add(self, part: FeedForward, y: Tensor, x: Tensor, norm: Tensor | None) -> Tensor:
+    def _add(self, part: FeedForward | Linear, y: Tensor, x: Tensor, norm: Tensor | None) -> Tensor:
         """``x + part(y)``, with the part's output normed first where there is a norm."""
         if norm is None:
             return part(y, x)

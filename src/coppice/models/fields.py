@@ -110,6 +110,20 @@ class Fields:
             )
         return options[found]
 
+    def choice_of(self, key: str, options: tuple[int, ...]) -> int:
+        """One of a few whole numbers.
+
+        Raises:
+            UnsupportedModelError: another one, or none.
+        """
+        found = self.value(key)
+        if type(found) is not int or found not in options:
+            known = " and ".join(map(str, options))
+            raise UnsupportedModelError(
+                f"{self.where} sets {key!r} to {short(found)}; supported: {known}."
+            )
+        return found
+
     def sequence(self, key: str, length: int | None = None) -> list[Any] | None:
         """A JSON list, checked for ``length`` where one is given; None where absent.
 

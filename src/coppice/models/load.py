@@ -21,9 +21,12 @@ from coppice.models.config import ModelConfig
 from coppice.models.decoder import Decoder
 from coppice.models.locate import BUNDLED, locate
 from coppice.models.plan import make_plan
+from coppice.models.quantized.source import NAME_KEY
 from coppice.models.registry import read_config
 from coppice.models.source import TensorSource
 from coppice.weights import BF16, F32, Format
+from coppice.weights.names import Scheme
+from coppice.weights.names import scheme as named_scheme
 
 DType = Literal["auto", "float32", "bfloat16"]
 _FORMATS: dict[str, Format] = {"float32": F32, "bfloat16": BF16}
@@ -40,6 +43,8 @@ class LoadedModel:
         num_params: parameters, tied matrices counted once.
         weight_bytes: bytes of the packed weights.
         weight_format: how the checkpoint stores them, e.g. ``"safetensors/bfloat16"``.
+        quantization: the format of most weights if not floats, e.g. ``"int4-g64"``.
+        dtype: precision of KV pages, and of the weights that are kept as floats.
         fingerprint: hex digest of configuration, tensors, precision and kernels; caches
             made with one model are valid only under the same fingerprint.
     """
@@ -51,6 +56,7 @@ class LoadedModel:
     num_params: int
     weight_bytes: int
     weight_format: str
+    quantization: str | None
     dtype: str
     fingerprint: str
 
@@ -59,6 +65,7 @@ def load_model(
     model: str | Path = BUNDLED,
     *,
     dtype: DType = "auto",
+    quantization: str | None = None,
     ops: Ops | None = None,
     max_context: int | None = None,
     progress: Progress | None = None,
@@ -69,6 +76,9 @@ def load_model(
         model: ``"bundled"``, a folder, a ``.gguf`` file, or a hub id ``owner/name``.
         dtype: precision of weights and KV cache; ``"auto"`` keeps the checkpoint's own
             (float16 becomes float32, which alone loses nothing).
+        quantization: a name of `coppice.weights.names`: float weights are rounded to it as they
+            are read; of weights stored with as many bits only the activations change. By
+            default weights stay as the checkpoint has them.
         ops: operators to pack for; by default the fastest on this machine.
         max_context: longest context to serve, at most the model's own.
         progress: called with bytes packed and bytes in all.
@@ -76,10 +86,11 @@ def load_model(
     Raises:
         CheckpointError: the model is missing, damaged, contradictory or not supported.
             Nothing stays open or resident then.
-        ConfigError: ``dtype`` is none of the three.
+        ConfigError: ``dtype`` is none of the three, or ``quantization`` is unknown.
     """
     if dtype not in ("auto", *_FORMATS):
         raise ConfigError(f"dtype {dtype!r} is unknown; use auto, float32 or bfloat16.")
+    scheme = None if quantization is None else named_scheme(quantization)
     path = locate(model)
     if path.suffix == ".gguf":
         checkpoint, tokenizer_source = _open_gguf(path)
@@ -91,6 +102,7 @@ def load_model(
             checkpoint,
             tokenizer_source,
             dtype=dtype,
+            scheme=scheme,
             ops=ops or get_ops(),
             max_context=max_context,
             progress=progress,
@@ -111,6 +123,7 @@ def _load(
     tokenizer_source: Any,
     *,
     dtype: DType,
+    scheme: Scheme | None,
     ops: Ops,
     max_context: int | None,
     progress: Progress | None,
@@ -124,8 +137,13 @@ def _load(
         )
     if dtype == "auto":
         dtype = "bfloat16" if source.native_dtype() == torch.bfloat16 else "float32"
-    weights = build_weights(config, source, ops, format=_FORMATS[dtype], progress=progress)
-    decoder = Decoder(config, weights, ops, max_context=max_context)
+    floats = _FORMATS[dtype]
+    if scheme is None and checkpoint.config.get(NAME_KEY):  # checked when the source was opened
+        scheme = named_scheme(checkpoint.config[NAME_KEY])
+    weights = build_weights(config, source, ops, format=floats, scheme=scheme, progress=progress)
+    decoder = Decoder(config, weights, ops, max_context=max_context, dtype=floats.dtype)
+    formats = weights.formats()
+    main = max(formats, key=lambda name: formats[name])
     shapes = make_plan(config, set(source.names())).tensors().values()
     return LoadedModel(
         decoder=decoder,
@@ -135,6 +153,7 @@ def _load(
         num_params=sum(math.prod(shape) for shape in shapes),
         weight_bytes=weights.nbytes,
         weight_format=source.format,
+        quantization=None if main == floats.name else main,
         dtype=dtype,
         fingerprint=_fingerprint(checkpoint.config, source, dtype, ops, decoder),
     )
@@ -154,7 +173,9 @@ def _fingerprint(
 ) -> str:
     """What cached keys and values depend on, as a digest."""
     variants = [decoder.max_context > r.original for r in decoder.config.ropes if r.long_factor]
-    parts = [config, source.fingerprint(), dtype, ops.name, variants]
+    weights = decoder.weights
+    formats = [weights.formats(), weights.embedding.format.name, weights.head.format.name]
+    parts = [config, source.fingerprint(), dtype, formats, ops.name, variants]
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -22,6 +22,10 @@ class FeedForward(Protocol):
         """Bytes of the packed weights."""
         ...
 
+    def linears(self) -> list[Linear]:
+        """Its matrices."""
+        ...
+
 
 class GatedMLP:
     """``down(act(gate(x)) * up(x))``.
@@ -43,6 +47,10 @@ class GatedMLP:
     def nbytes(self) -> int:
         """Bytes of the packed weights."""
         return self.gate_up.nbytes + self.down.nbytes
+
+    def linears(self) -> list[Linear]:
+        """Its matrices."""
+        return [self.gate_up, self.down]
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x [T, hidden]`` to ``[T, hidden]``, plus ``residual`` if given."""

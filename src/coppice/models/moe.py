@@ -32,9 +32,18 @@ class ExpertMixture:
         self._spec = spec
 
     @property
+    def experts(self) -> list[GatedMLP]:
+        """The experts, in their order."""
+        return self._experts
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed weights."""
         return self._router.nbytes + sum(expert.nbytes for expert in self._experts)
+
+    def linears(self) -> list[Linear]:
+        """Its matrices, the router's first."""
+        return [self._router, *(linear for expert in self._experts for linear in expert.linears())]
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x [T, hidden]`` to ``[T, hidden]``, plus ``residual`` if given."""

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from coppice.errors import CheckpointError, UnsupportedModelError
+from coppice.kernels.formats import Format
 from coppice.models.fields import short
+from coppice.models.source import Codes
 
 MAX_HEADER_BYTES = 32 << 20
 MAX_TENSORS = 1_000_000
@@ -35,10 +37,16 @@ _BITS: dict[str, int] = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64"), 64),
 }
-_TORCH: dict[str, torch.dtype] = {
+_FLOATS: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+}
+_TORCH: dict[str, torch.dtype] = {
+    **_FLOATS,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
 
 
@@ -176,7 +184,7 @@ class SafetensorsFile:
         """The tensor as stored, in fresh memory.
 
         Raises:
-            UnsupportedModelError: a dtype other than F32, F16, BF16.
+            UnsupportedModelError: a dtype that no supported checkpoint uses.
             CheckpointError: the file shrank since it was opened.
         """
         entry = self.entries[name]
@@ -184,7 +192,7 @@ class SafetensorsFile:
         if dtype is None:
             raise UnsupportedModelError(
                 f"{self.name}: tensor {short(name)} has dtype {entry.dtype}; supported are "
-                "F32, F16 and BF16."
+                f"{', '.join(_TORCH)}."
             )
         out = torch.empty(entry.shape, dtype=dtype)
         if entry.size_bytes:
@@ -251,21 +259,50 @@ class SafetensorsSource:
         """Shape of ``name``."""
         return self._home[name].entries[name].shape
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def stored_kind(self, name: str) -> str:
+        """The type ``name`` is stored as, in the file's words: ``"BF16"``, ``"I32"``."""
+        return self._home[name].entries[name].dtype
+
+    def read_stored(self, name: str) -> Tensor:
+        """The tensor as it is stored, in fresh memory."""
+        return self._home[name].read(name)
+
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor in ``dtype``, in fresh memory."""
-        return self._home[name].read(name).to(dtype)
+        """The tensor in ``dtype``, in fresh memory.
+
+        Raises:
+            UnsupportedModelError: it is not stored as floats.
+        """
+        kind = self.stored_kind(name)
+        if kind not in _FLOATS:
+            raise UnsupportedModelError(
+                f"Tensor {short(name)} has dtype {kind}; supported are F32, F16 and BF16, and "
+                "integers where config.json describes them in 'quantization_config'."
+            )
+        return self.read_stored(name).to(dtype)
+
+    def stored_format(self, name: str) -> Format | None:
+        """None: plain files hold floats (see `coppice.models.quantized`)."""
+        return None
+
+    def read_codes(self, name: str) -> Codes:
+        """Never called, since no tensor has a stored format."""
+        raise KeyError(name)
 
     def release(self, name: str) -> None:
         """Nothing to do: a read tensor lives in the caller's memory alone."""
 
-    def native_dtype(self) -> torch.dtype:
-        """bfloat16 if all matrices are stored so, else float32 (float16 does not fit bfloat16)."""
-        kinds = {
-            entry.dtype
-            for file in self._files
-            for entry in file.entries.values()
-            if len(entry.shape) > 1
-        }
+    def native_dtype(self, names: Iterable[str] | None = None) -> torch.dtype:
+        """bfloat16 if all matrices are stored so, else float32 (float16 does not fit bfloat16).
+
+        Args:
+            names: the tensors that count; all by default.
+        """
+        wanted = self.names() if names is None else names
+        kinds = {self.stored_kind(name) for name in wanted if len(self.shape(name)) > 1}
         return torch.bfloat16 if kinds == {"BF16"} else torch.float32
 
     def fingerprint(self) -> str:

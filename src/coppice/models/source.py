@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from coppice.kernels.formats import Format, Quantized
+
+
+class Codes(NamedTuple):
+    """A matrix as its checkpoint stores it.
+
+    Attributes:
+        rows: codes and scales.
+        order: ``[K]`` which input feature each column of ``rows`` belongs to; None where
+            they stand in their own order.
+    """
+
+    rows: Quantized
+    order: Tensor | None = None
 
 
 class TensorSource(Protocol):
@@ -39,6 +54,18 @@ class TensorSource(Protocol):
 
         Raises:
             KeyError: there is no such tensor.
+        """
+        ...
+
+    def stored_format(self, name: str) -> Format | None:
+        """The integer format ``name`` is stored in without loss; None for floats."""
+        ...
+
+    def read_codes(self, name: str) -> Codes:
+        """The matrix as codes, where `stored_format` names a format.
+
+        Raises:
+            KeyError: it has none.
         """
         ...
 

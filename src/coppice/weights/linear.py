@@ -24,10 +24,15 @@ ZEROS = (0, 15)
 
 
 class Part(NamedTuple):
-    """Consecutive output features of a layer: ``weight [n, K]`` and its bias, if any."""
+    """Consecutive output features of a layer: ``weight [n, K]`` and its bias, if any.
+
+    ``order [K]`` says which input feature each column of ``weight`` belongs to, where they do
+    not stand in their own order; all parts of a layer have the same.
+    """
 
     weight: Tensor | Quantized
     bias: Tensor | None = None
+    order: Tensor | None = None
 
 
 class Linear:
@@ -39,13 +44,16 @@ class Linear:
         name: the checkpoint's name of the layer, for messages.
         format: how the weight is stored.
         shape: ``(out_features, in_features)``.
+        order: ``[K]`` which input feature each packed column belongs to; None where they
+            stand in their own order. Rows are brought into it before they are multiplied.
     """
 
-    __slots__ = ("_ops", "_packed", "format", "name", "shape")
+    __slots__ = ("_ops", "_packed", "format", "name", "order", "shape")
 
     def __init__(
         self, name: str, format: Format, shape: tuple[int, int], ops: Ops, packed: PackedLinear
     ) -> None:
+        self.order: Tensor | None = None
         self.name = name
         self.format = format
         self.shape = shape
@@ -78,8 +86,9 @@ class Linear:
                 f"that {format.name} needs; choose a smaller group or int8."
             )
         packed = ops.empty_linear(*shape, format, bias=bias)
-        row = 0
+        row, order = 0, None
         for part in parts:
+            order = _same_order(name, part.order, order, first=row == 0)
             rows = _check(name, part, format=format, room=(shape[0] - row, shape[1]))
             _check_bias(name, part.bias, rows=rows, has_bias=bias)
             ops.fill_linear(packed, row, part.weight, part.bias)
@@ -89,7 +98,9 @@ class Linear:
                 f"{name}: its parts have {row} output features where the configuration says "
                 f"{shape[0]}; check that config.json belongs to these weights."
             )
-        return cls(name, format, shape, ops, packed)
+        linear = cls(name, format, shape, ops, packed)
+        linear.order = None if order is None else order.to(ops.device)
+        return linear
 
     @classmethod
     def from_tensor(
@@ -117,20 +128,45 @@ class Linear:
         """The weight in its backend's layout, for that backend alone."""
         return self._packed
 
+    @property
+    def ops(self) -> Ops:
+        """The backend that packed it."""
+        return self._ops
+
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x [T, K]`` float32 to ``[T, N]`` float32, ``residual [T, N]`` added if given."""
+        if self.order is not None:
+            x = x.index_select(1, self.order)
         return self._ops.linear(x, self._packed, residual=residual)
 
     def gather(self, token: Tensor) -> Tensor:
         """Rows ``token [T]`` of the weight as float32 ``[T, K]``: a tied embedding."""
-        return self._ops.embedding(token, self._packed)
+        return self._in_order(self._ops.embedding(token, self._packed))
 
     def dequant(self) -> Tensor:
         """The weight as a new float32 ``[N, K]`` tensor."""
-        return self._ops.unpack_linear(self._packed).float()
+        return self._in_order(self._ops.unpack_linear(self._packed).float())
+
+    def _in_order(self, columns: Tensor) -> Tensor:
+        """Packed columns ``[n, K]`` back in the order of input features."""
+        return columns if self.order is None else columns[:, torch.argsort(self.order)]
 
     def __repr__(self) -> str:
         return f"Linear({self.name}, {self.shape[0]}x{self.shape[1]}, {self.format.name})"
+
+
+def _same_order(
+    name: str, order: Tensor | None, before: Tensor | None, *, first: bool
+) -> Tensor | None:
+    """The one order of a layer's parts."""
+    if first or order is before:
+        return order
+    if order is None or before is None or not torch.equal(order, before):
+        raise CheckpointError(
+            f"{name}: its parts order their inputs differently ('g_idx'), so they cannot be one "
+            "layer; use a checkpoint quantized without 'desc_act'."
+        )
+    return order
 
 
 def _check(name: str, part: Part, *, format: Format, room: tuple[int, int]) -> int:

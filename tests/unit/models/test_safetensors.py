@@ -140,12 +140,16 @@ def test_unknown_dtype(tmp_path: Path, dtype: Any) -> None:
     refused(path, "unknown dtype", UnsupportedModelError)
 
 
-def test_integer_weights_are_refused_when_read(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(4, dtype=torch.int64)}, tmp_path / "x.safetensors")
-    file = SafetensorsFile(tmp_path / "x.safetensors")
-    with pytest.raises(UnsupportedModelError, match="I64"):
-        file.read("a")
-    file.close()
+def test_integers_are_not_taken_for_weights(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(4, dtype=torch.int64), "b": torch.ones(4, dtype=torch.bool)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    source = SafetensorsSource([SafetensorsFile(tmp_path / "x.safetensors")])
+    with pytest.raises(UnsupportedModelError, match=r"'a' has dtype I64.*quantization_config"):
+        source.read("a", torch.float32)
+    assert source.read_stored("a").tolist() == [1, 1, 1, 1]
+    with pytest.raises(UnsupportedModelError, match="'b' has dtype BOOL"):
+        source.read_stored("b")
+    source.close()
 
 
 @pytest.mark.parametrize("size", [0, 3, 8])

@@ -15,6 +15,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str
     max_model_len: int
+    weight_format: str
 
 
 class ModelList(BaseModel):

@@ -42,5 +42,6 @@ def _cards(services: Services) -> list[dict[str, Any]]:
             "created": services.started_unix,
             "owned_by": "coppice",
             "max_model_len": facts.context_length,
+            "weight_format": facts.weight_format,
         }
     ]

@@ -1,0 +1,1 @@
+"""Quantized checkpoints: reading those of others, and making our own."""
