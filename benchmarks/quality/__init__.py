@@ -1,0 +1,1 @@
+"""What quantization costs in quality: bits per byte of held-out text."""
