@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.kernels.operators import (
     FORMATS,
+    QUICK_LINEARS,
     Operator,
     attentions,
     linears,
@@ -37,7 +38,7 @@ ATTENTION_SHARE = 0.5
 def main() -> int:
     """Run, print, keep; non-zero when a goal is missed."""
     parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rows, one round")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and shapes, one round")
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -53,7 +54,10 @@ def main() -> int:
 
 def _operators(ops: Ops, formats: list[str], quick: bool) -> Iterator[Operator]:
     for form in formats:
-        yield from linears(ops, form, QUICK_ROWS if quick else ROWS)
+        if quick:
+            yield from linears(ops, form, QUICK_ROWS, QUICK_LINEARS)
+        else:
+            yield from linears(ops, form, ROWS)
     yield from attentions(ops)
     yield from small_ones(ops)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -27,12 +27,15 @@ FORMATS = {
 BEYOND_CACHE_BYTES = 192 << 20
 """Weights are cycled over copies of this size together, so that no cache holds them."""
 
+SLOW_S = 0.5
+
 LINEARS = {
     "0.5B down": (896, 4864),
     "0.5B gate+up": (9728, 896),
     "1B gate+up": (16384, 2048),
     "1B down": (2048, 8192),
 }
+QUICK_LINEARS = ("0.5B down", "1B gate+up")
 CONTEXT, CHUNK, PAGE = 8192, 512, 32
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 64
 """Those of Llama-3.2-1B."""
@@ -63,11 +66,14 @@ class Operator:
 
 
 def seconds_of(call: Callable[[], object], *, least_s: float = 0.02, samples: int = 5) -> float:
-    """Median seconds of a call, each sample long enough for the clock."""
+    """Median seconds of a call, each sample long enough for the clock; one of a slow call."""
     call()
     began = time.perf_counter()
     call()
-    repeats = max(1, math.ceil(least_s / max(1e-7, time.perf_counter() - began)))
+    first = time.perf_counter() - began
+    if first > SLOW_S:
+        return first
+    repeats = max(1, math.ceil(least_s / max(1e-7, first)))
     found = []
     for _ in range(samples if repeats > 1 else 3):
         began = time.perf_counter()
@@ -77,12 +83,16 @@ def seconds_of(call: Callable[[], object], *, least_s: float = 0.02, samples: in
     return statistics.median(found)
 
 
-def linears(ops: Ops, form: str, rows: list[int]) -> Iterator[Operator]:
-    """Every shape at every number of rows, in one format."""
-    for name, (n, k) in LINEARS.items():
-        weights, note = _pack_copies(ops, FORMATS[form], n, k)
+def linears(
+    ops: Ops, form: str, rows: list[int], names: Iterable[str] = tuple(LINEARS)
+) -> Iterator[Operator]:
+    """The named shapes at every number of rows, in one format."""
+    for name in names:
+        n, k = LINEARS[name]
+        source = _source(FORMATS[form], n, k)
+        weights, note = _pack_copies(ops, FORMATS[form], source, (n, k))
         size = weights[0].nbytes if weights else n * k * FORMATS[form].bits / 8
-        others = _torch_copies(form, n, k)
+        others = _torch_copies(form, source)
         for count in rows:
             x = torch.randn(count, k)
             yield Operator(
@@ -107,17 +117,24 @@ def _copies(size_bytes: float) -> int:
     return max(1, math.ceil(BEYOND_CACHE_BYTES / size_bytes))
 
 
-def _pack_copies(ops: Ops, format: Format, n: int, k: int) -> tuple[list[Any], str]:
+def _source(format: Format, n: int, k: int) -> Tensor | Quantized:
+    """A weight both sides are given."""
+    if not format.quantized:
+        return torch.randn(n, k).to(torch.bfloat16)
+    low, high = (-127, 128) if format.bits == 8 else (-8, 8)
+    codes = torch.randint(low, high, (n, k), dtype=torch.int8)
+    scales = torch.rand(n, format.num_groups(k)) * 0.01 + 0.001
+    return Quantized(codes, scales.to(torch.bfloat16).float())
+
+
+def _pack_copies(
+    ops: Ops, format: Format, source: Tensor | Quantized, shape: tuple[int, int]
+) -> tuple[list[Any], str]:
     """Enough packed copies to lie beyond the cache; none and the reason if it is not built."""
-    source: Tensor | Quantized = torch.randn(n, k).to(torch.bfloat16)
-    if format.quantized:
-        low, high = (-127, 128) if format.bits == 8 else (-8, 8)
-        codes = torch.randint(low, high, (n, k), dtype=torch.int8)
-        source = Quantized(codes, torch.rand(n, format.num_groups(k)) * 0.01 + 0.001)
     made = []
     try:
-        for _ in range(_copies(n * k * format.bits / 8)):
-            packed = ops.empty_linear(n, k, format)
+        for _ in range(_copies(math.prod(shape) * format.bits / 8)):
+            packed = ops.empty_linear(*shape, format)
             ops.fill_linear(packed, 0, source)
             made.append(packed)
     except EngineError as error:
@@ -125,32 +142,30 @@ def _pack_copies(ops: Ops, format: Format, n: int, k: int) -> tuple[list[Any], s
     return made, ""
 
 
-def _torch_copies(form: str, n: int, k: int) -> dict[str, list[Any]]:
-    """PyTorch's weights for the format: plain matrices, or what its operators prepack."""
-    weight = torch.randn(n, k)
-    count = _copies(n * k * FORMATS[form].bits / 8)
-    if form == "bf16":
-        half = weight.to(torch.bfloat16)
+def _torch_copies(form: str, source: Tensor | Quantized) -> dict[str, list[Any]]:
+    """The same for PyTorch: plain matrices, or what its quantized operators prepack."""
+    if not isinstance(source, Quantized):
+        count = _copies(source.nbytes)
         return {
-            "bf16": [half.clone() for _ in range(count)],
-            "float32": [weight.clone() for _ in range(max(1, count // 2))],
+            "bf16": [source.clone() for _ in range(count)],
+            "float32": [source.float() for _ in range(max(1, count // 2))],
         }
+    codes, scales, _ = source
+    count = _copies(codes.numel() * FORMATS[form].bits / 8)
     if form == "int8":
-        codes = torch.quantize_per_channel(
-            weight, torch.full((n,), 0.01), torch.zeros(n), 0, torch.qint8
-        )
+        zeros = torch.zeros(len(codes), dtype=torch.int64)
+        weight = torch._make_per_channel_quantized_tensor(codes, scales[:, 0], zeros, 0)
         prepack = torch.ops.quantized.linear_prepack
-        return {"linear_dynamic": [prepack(codes, None) for _ in range(count)]}
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
-        torch.randint(0, 16, (n, k), dtype=torch.int32), 1
-    )
-    scales = torch.ones(k // 64, n, 2, dtype=torch.bfloat16)
-    return {"int4pack_mm": [(packed.clone(), scales) for _ in range(count)]}
+        return {"linear_dynamic": [prepack(weight, None) for _ in range(count)]}
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
+    pairs = torch.stack([scales.T, torch.zeros_like(scales.T)], -1).to(torch.bfloat16)
+    return {"int4pack_mm": [(packed.clone(), pairs.contiguous()) for _ in range(count)]}
 
 
 def _torch_call(key: str, x: Tensor) -> Callable[[Any], object]:
     if key == "linear_dynamic":
-        return lambda w: torch.ops.quantized.linear_dynamic(x, w)
+        # 7-bit activations: with 8 its sums overflow on processors without VNNI
+        return lambda w: torch.ops.quantized.linear_dynamic(x, w, reduce_range=True)
     half = x.to(torch.bfloat16)
     if key == "int4pack_mm":
         return lambda w: torch.ops.aten._weight_int4pack_mm_for_cpu(half, w[0], 64, w[1])
