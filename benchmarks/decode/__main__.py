@@ -85,12 +85,12 @@ def _run(contest: Contest, cases: list[Case], args: argparse.Namespace) -> None:
     if "decode1" in args.tasks:
         for _ in range(1, args.rounds):
             for case in cases:
-                contest.round(case, ["decode1"])
+                contest.round(case, ["decode1"], close_only=not args.whole)
     rest = [task for task in args.tasks if task != "decode1"]
     for _ in range(1, args.rounds):
         for case in cases:
             if rest and time.perf_counter() - began + spent_s / len(cases) < limit_s:
-                contest.round(case, rest)
+                contest.round(case, rest, close_only=not args.whole)
 
 
 def _arguments() -> argparse.Namespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -22,6 +23,8 @@ FORMATS = ("bf16", "int8", "int4")
 LOAD_LIMIT_S, COPPICE_LIMIT_S = 180.0, 300.0
 PATIENCE, LEAST_LIMIT_S = 4.0, 15.0
 """A peer may take this many times as long as Coppice did, and this long in any case."""
+
+FAR_BEHIND = 0.5
 
 
 @dataclass(frozen=True)
@@ -163,11 +166,31 @@ class Contest:
         """Keep some from taking part; the table says why."""
         self._left_out.update(dict.fromkeys(entrants, why))
 
-    def round(self, case: Case, tasks: Sequence[str]) -> None:
-        """Everyone once, Coppice first: its times are what the others' patience is made of."""
+    def round(self, case: Case, tasks: Sequence[str], *, close_only: bool = False) -> None:
+        """Everyone once, Coppice first: its times are what the others' patience is made of.
+
+        With ``close_only``, peers that were less than half as fast as another sit out.
+        """
         for entrant in (COPPICE, *PEERS):
-            if case.form in entrant.formats:
-                self._turn(case, entrant, tasks)
+            if case.form not in entrant.formats:
+                continue
+            far = self._far_behind(case, entrant) if close_only else frozenset()
+            self._turn(case, entrant, [task for task in tasks if task not in far])
+
+    def _far_behind(self, case: Case, entrant: Entrant) -> frozenset[str]:
+        """Generation tasks at which another peer is more than twice as fast."""
+        if entrant is COPPICE:
+            return frozenset()
+        found = set()
+        for task in GENERATION:
+            rates = {
+                peer.name: statistics.median(values)
+                for peer in PEERS
+                if (values := self.figures[case, peer.name, task].values)
+            }
+            if entrant.name in rates and rates[entrant.name] < FAR_BEHIND * max(rates.values()):
+                found.add(task)
+        return frozenset(found)
 
     def _turn(self, case: Case, entrant: Entrant, tasks: Sequence[str]) -> None:
         if entrant in self._left_out:
