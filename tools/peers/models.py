@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tools.peers import places
@@ -25,7 +27,7 @@ def prepare(model: str) -> Iterator[str]:
     """Make what is missing of a model; yield a line for each form that cannot be made."""
     shop = Workshop(places.ROOT / "models" / model, model)
     try:
-        make_checkpoint(model, shop)
+        make_checkpoint(model, shop.say)
         if places.installed("llama.cpp"):
             _make_ggufs(model, shop)
     except (StepError, OSError) as error:
@@ -39,25 +41,42 @@ def prepare(model: str) -> Iterator[str]:
                 yield f"{model}, OpenVINO {form}: {error}"
 
 
-def make_checkpoint(model: str, shop: Workshop | None = None) -> Path:
-    """The Hugging Face style folder: random weights, or a copy of the bundled model."""
+def make_checkpoint(model: str, say: Callable[[str], None] = lambda _: None) -> Path:
+    """The Hugging Face style folder: random weights, or a copy of the bundled model.
+
+    When what it is made of has changed, all forms of the model are made anew.
+    """
     from coppice.models.locate import locate
     from tools.make_model import make_model
 
     folder = places.checkpoint(model)
-    if folder.exists():
+    source, made_of = _source(model), folder.parent / "made-of"
+    if folder.exists() and made_of.exists() and made_of.read_text() == source:
         return folder
-    if shop is not None:
-        shop.say("write the checkpoint")
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    say("write the checkpoint")
     partial = folder.with_name("checkpoint.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.parent.mkdir(parents=True)
     if model == "bundled":
         shutil.copytree(locate(model), partial)
     else:
         make_model(model, partial)
     partial.rename(folder)
+    made_of.write_text(source)
     return folder
+
+
+def _source(model: str) -> str:
+    """What a model is made of: its shape, or a digest of the bundled files."""
+    from coppice.models.locate import locate
+    from tools.make_model import SHAPES
+
+    if model != "bundled":
+        return json.dumps(SHAPES[model], sort_keys=True)
+    digest = hashlib.sha256()
+    for path in sorted(locate(model).iterdir()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _make_ggufs(model: str, shop: Workshop) -> None:
