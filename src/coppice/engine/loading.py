@@ -25,6 +25,10 @@ class Decoder(Protocol):
         """Float32 logits ``[W, V]`` of ``rows.logit_rows``; K and V written to the pool."""
         ...
 
+    def greedy(self, rows: Rows, pool: KVPool, vocab_size: int) -> list[int] | None:
+        """Instead of logits the first largest one's token, or ``-fault``; None if it cannot."""
+        ...
+
     def kv_layout(self, page_size: int) -> KVLayout:
         """Shapes of the KV pages."""
         ...

@@ -7,16 +7,70 @@ class Packed:
 class RowArrays:
     def __init__(self, *addresses_and_sizes: int) -> None:
         """position, sequence, parent, slot, page_table, prefix_len; rows, sequences, max_pages."""
+    @property
+    def positions(self) -> int:
+        """One more than the largest position."""
 
 class Cache:
     def __init__(self, *addresses_and_shape: int) -> None:
         """k, v; pages, kv_heads, page_size, head_dim; whether bfloat16."""
+
+class Layer:
+    """The layer of a `Program`: packed weights, addresses of norms and of the rotary table."""
+
+    def __init__(
+        self,
+        *,
+        qkv: Packed,
+        output: Packed,
+        gate_up: Packed,
+        down: Packed,
+        before_attention: int,
+        after_attention: int,
+        before_mlp: int,
+        after_mlp: int,
+        q_norm: int,
+        k_norm: int,
+        cos_sin: int,
+        half: int,
+        window: int,
+    ) -> None: ...
+
+class Program:
+    """A decoder's forward pass (native/program.h)."""
+
+    def __init__(
+        self,
+        *,
+        embedding: Packed,
+        head: Packed,
+        norm: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        max_position: int,
+        qk_norm: int,
+        activation: int,
+        eps: float,
+        attention_scale: float,
+        attention_softcap: float,
+        embedding_scale: float,
+        layers: list[Layer],
+    ) -> None: ...
+    def use_pages(self, pages: list[Cache], /) -> None: ...
+    def run(
+        self, token: int, rows: RowArrays, wanted: int, num_wanted: int, logits: int, /
+    ) -> None: ...
+    def run_greedy(
+        self, token: int, rows: RowArrays, wanted: int, num_wanted: int, vocabulary: int, /
+    ) -> list[int]: ...
 
 def available() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str, /) -> None: ...
 def num_threads() -> int: ...
 def set_num_threads(threads: int, /) -> None: ...
+def expect_work() -> None: ...
 def advise_huge(address: int, size_bytes: int, /) -> None: ...
 def read_probe(address: int, count: int, rounds: int, /) -> float: ...
 def fma_probe(rounds: int, /) -> float: ...

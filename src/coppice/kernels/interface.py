@@ -11,13 +11,16 @@ chunked.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from coppice.kernels.formats import Format, Quantized
 from coppice.kernels.rows import Rows
+
+if TYPE_CHECKING:
+    from coppice.kernels.program import DecoderProgram, Program
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 QKNorm = Literal["none", "head", "full"]
@@ -146,4 +149,8 @@ class Ops(Protocol):
 
     def gated_activation(self, gate_up: Tensor, kind: Activation) -> Tensor:
         """``act(gate) * up`` for ``gate_up [T, 2 * I]`` (gate half first): ``[T, I]``."""
+        ...
+
+    def compile(self, decoder: DecoderProgram) -> Program | None:
+        """One call for a whole forward pass, or None where this backend has no such thing."""
         ...

@@ -16,6 +16,7 @@ from torch import Tensor
 from coppice.kernels import quantized_reference as quantized
 from coppice.kernels.formats import Format, Quantized, float_format
 from coppice.kernels.interface import Activation, QKNorm
+from coppice.kernels.program import DecoderProgram
 from coppice.kernels.rows import Rows
 
 ROW_TILE = 16
@@ -194,6 +195,9 @@ class ReferenceOps:
         if kind == "silu":
             return F.silu(gate) * up
         return F.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none") * up
+
+    def compile(self, decoder: DecoderProgram) -> None:
+        """See `Ops.compile`: the reference is the operators one by one."""
 
 
 def visible_slots(rows: Rows) -> list[tuple[int, list[int]]]:

@@ -10,11 +10,11 @@ from torch import Tensor
 from coppice.errors import CheckpointError
 from coppice.kernels.interface import Ops
 from coppice.models.config import ModelConfig
-from coppice.models.decoder import DecoderWeights, LayerWeights
 from coppice.models.mlp import FeedForward, GatedMLP
 from coppice.models.moe import ExpertMixture
 from coppice.models.plan import DecoderPlan, LayerPlan, Stack, bias_of, check_plan, make_plan
 from coppice.models.source import TensorSource
+from coppice.models.weights import DecoderWeights, LayerWeights
 from coppice.weights import BF16, Format, Linear, Part, Quantized
 from coppice.weights.names import Scheme, with_activations
 from coppice.weights.rounding import round_to_nearest

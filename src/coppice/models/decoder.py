@@ -3,63 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coppice.kernels.interface import Ops
+from coppice.kernels.program import Program
 from coppice.kernels.rows import Rows
+from coppice.models.compile import as_program
 from coppice.models.config import LayerSpec, ModelConfig
 from coppice.models.kv import KVLayout, KVPages
 from coppice.models.mlp import FeedForward
 from coppice.models.rope import RopeTable
+from coppice.models.weights import DecoderWeights, LayerWeights
 from coppice.weights import F32, Linear
-
-
-@dataclass(slots=True, kw_only=True)
-class LayerWeights:
-    """One layer's packed weights; norms are float32 with any ``(1 + w)`` folded in."""
-
-    qkv: Linear
-    output: Linear
-    mlp: FeedForward
-    before_attention: Tensor | None = None
-    after_attention: Tensor | None = None
-    before_mlp: Tensor | None = None
-    after_mlp: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class DecoderWeights:
-    """All weights; ``head`` is ``embedding`` where they are tied."""
-
-    embedding: Linear
-    layers: list[LayerWeights]
-    norm: Tensor
-    head: Linear
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, tied matrices counted once."""
-        total = self.embedding.nbytes + self.norm.nbytes
-        total += 0 if self.head is self.embedding else self.head.nbytes
-        for layer in self.layers:
-            parts = [getattr(layer, name) for name in layer.__slots__]
-            total += sum(part.nbytes for part in parts if part is not None)
-        return int(total)
-
-    def formats(self) -> dict[str, int]:
-        """How many of the layers' weights are in each format, by its name."""
-        found: dict[str, int] = {}
-        for layer in self.layers:
-            for linear in (layer.qkv, layer.output, *layer.mlp.linears()):
-                name = linear.format.name
-                found[name] = found.get(name, 0) + linear.shape[0] * linear.shape[1]
-        return found
 
 
 class Decoder:
@@ -94,10 +53,23 @@ class Decoder:
         self._scale = _rounded(math.sqrt(config.hidden_size), dtype, config.scale_embedding)
         specs = (*config.ropes, None)  # the last one for layers without positions
         self._tables = [RopeTable(spec, self.max_context, weights.norm) for spec in specs]
+        each = [self._tables[-1 if spec.rope is None else spec.rope] for spec in config.layers]
         self._blocks = [
-            Block(config, spec, layer, ops, self._tables[-1 if spec.rope is None else spec.rope])
-            for spec, layer in zip(config.layers, weights.layers, strict=True)
+            Block(config, spec, layer, ops, table)
+            for spec, layer, table in zip(config.layers, weights.layers, each, strict=True)
         ]
+        self._rotations = each
+
+    @cached_property
+    def program(self) -> Program | None:
+        """The whole as one call, made when first asked for: from then on weights stay as they are.
+
+        None where `as_program` or the device knows no such thing.
+        """
+        described = as_program(
+            self.config, self.weights, self._rotations, embedding_scale=self._scale
+        )
+        return None if described is None else self._ops.compile(described)
 
     def kv_layout(self, page_size: int) -> KVLayout:
         """The KV cache this model needs, at the precision of its weights."""
@@ -132,8 +104,34 @@ class Decoder:
         Raises:
             EngineError: a position is beyond ``max_context``.
         """
+        rows = rows.to(self._ops.device)
+        if self.program is None:
+            logits = self.by_operators(rows, pool)
+        else:
+            logits = self.program(rows, pool.k, pool.v)
+        if self.config.logit_softcap:
+            cap = self.config.logit_softcap
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def greedy(self, rows: Rows, pool: KVPages, vocab_size: int) -> list[int] | None:
+        """`forward`, told only each wanted row's most likely token; see `Program.greedy`.
+
+        Returns:
+            None, with nothing done, where logits must be asked for: there is no program, or
+            a softcap may make equals of unequal logits.
+        """
+        if self.program is None or self.config.logit_softcap:
+            return None
+        return self.program.greedy(rows.to(self._ops.device), pool.k, pool.v, vocab_size)
+
+    def by_operators(self, rows: Rows, pool: KVPages) -> Tensor:
+        """Logits before any softcap, by one operator after another.
+
+        This is what a program must compute bit for bit, and how models run for which there
+        is none: mixtures of experts, and devices without programs.
+        """
         ops, weights, config = self._ops, self.weights, self.config
-        rows = rows.to(ops.device)
         self._reach(rows)
         x = self.embed(rows)  # [T, hidden]
         last = len(self._blocks) - 1
@@ -141,10 +139,7 @@ class Decoder:
         for i, block in enumerate(self._blocks):
             x = block(x, rows, pool.k[i], pool.v[i], wanted if i == last else None)
         x = ops.rms_norm(x, weights.norm, eps=config.norm_eps)  # [W, hidden]
-        logits = weights.head(x)
-        if config.logit_softcap:
-            logits = torch.tanh(logits / config.logit_softcap) * config.logit_softcap
-        return logits
+        return weights.head(x)
 
     def _reach(self, rows: Rows) -> None:
         """Make sure the rope tables cover the rows' positions."""

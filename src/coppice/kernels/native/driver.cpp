@@ -3,11 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <memory>
-#include <mutex>
 #include <stdexcept>
 
-#include "pool.h"
+#include "parallel.h"
 
 namespace coppice {
 namespace {
@@ -33,69 +31,6 @@ std::vector<const Table*> tables() {
 
 std::atomic<const Table*> chosen{tables().front()};
 
-// Never destroyed: threads may still be idling in it while the process exits.
-std::shared_ptr<Pool>& pool_slot() {
-  static auto* slot = new std::shared_ptr<Pool>(std::make_shared<Pool>(1));
-  return *slot;
-}
-std::mutex pool_mutex;
-
-std::shared_ptr<Pool> pool() {
-  std::lock_guard<std::mutex> hold(pool_mutex);
-  return pool_slot();
-}
-
-// One task per call of f(task, scratch).
-template <class F>
-void parallel(int64_t count, int64_t scratch_bytes, const F& f) {
-  pool()->run(
-      count,
-      [](const void* context, int64_t task, float* scratch) {
-        (*static_cast<const F*>(context))(task, scratch);
-      },
-      &f, scratch_bytes);
-}
-
-// Rows in runs of about `work` elements, so that small batches stay on one thread.
-template <class F>
-void parallel_rows(int64_t rows, int64_t row_work, int64_t scratch_bytes, const F& f) {
-  const int64_t work = 16384;
-  const int64_t run = std::max<int64_t>(1, work / std::max<int64_t>(1, row_work));
-  parallel((rows + run - 1) / run, scratch_bytes, [&](int64_t task, float* scratch) {
-    const int64_t end = std::min(rows, (task + 1) * run);
-    for (int64_t row = task * run; row < end; ++row) f(row, scratch);
-  });
-}
-
-void require(bool fine, const char* message) {
-  if (!fine) throw std::out_of_range(message);
-}
-
-// Every slot a row writes or reads must lie in a page the sequence owns.
-void check_rows(const RowArrays& in, const Cache& cache) {
-  for (int64_t i = 0; i < in.rows; ++i) {
-    const int64_t sequence = in.sequence[i], slot = in.slot[i];
-    require(sequence >= 0 && sequence < in.sequences, "row names a sequence that is not there");
-    require(slot >= 0 && slot / cache.page_size < in.max_pages, "row's slot is beyond its pages");
-    const int64_t page = in.page_table[sequence * in.max_pages + slot / cache.page_size];
-    require(page >= 0 && page < cache.pages, "row's slot has no page");
-    require(in.parent[i] < i, "row stands before its parent");
-    require(in.parent[i] < 0 || in.sequence[in.parent[i]] == sequence,
-            "row's parent is of another sequence");
-  }
-}
-
-void check_prefix(const RowArrays& in, const Cache& cache) {
-  for (int64_t s = 0; s < in.sequences; ++s) {
-    const int64_t pages = (in.prefix_len[s] + cache.page_size - 1) / cache.page_size;
-    require(in.prefix_len[s] >= 0 && pages <= in.max_pages, "prefix is longer than its pages");
-    for (int64_t p = 0; p < pages; ++p) {
-      const int64_t page = in.page_table[s * in.max_pages + p];
-      require(page >= 0 && page < cache.pages, "prefix lacks a page");
-    }
-  }
-}
-
 }  // namespace
 
 std::vector<std::string> available() {
@@ -120,14 +55,6 @@ void set_isa(const std::string& name) {
     }
   }
   throw std::invalid_argument("this machine cannot run " + name);
-}
-
-int num_threads() { return pool()->threads(); }
-
-void set_num_threads(int threads) {
-  auto fresh = std::make_shared<Pool>(threads);
-  std::lock_guard<std::mutex> hold(pool_mutex);
-  pool_slot().swap(fresh);
 }
 
 void linear(const Packed& w, const float* x, int64_t rows, const float* residual, float* out) {
@@ -182,45 +109,19 @@ void gate(const GateArgs& a) {
   });
 }
 
-void rope(const RopeArgs& a, int64_t max_position) {
+void rope(const RopeArgs& a) {
   const Table& t = *chosen.load();
-  check_rows(a.in, a.cache);
-  for (int64_t i = 0; i < a.in.rows && a.half > 0; ++i)
-    require(a.in.position[i] >= 0 && a.in.position[i] < max_position,
-            "position is beyond the rotary table");
   const int64_t width = (a.heads + 2 * a.cache.kv_heads) * a.cache.head_dim;
   parallel_rows(a.in.rows, width, a.cache.kv_heads * a.cache.head_dim * 4,
                 [&](int64_t row, float* scratch) { t.rope(a, row, scratch); });
 }
 
-void attention(AttentionArgs a) {
+void attention(AttentionArgs a, const Tiles& tiles) {
   const Table& t = *chosen.load();
-  const RowArrays& in = a.in;
-  if (in.rows == 0) return;
-  check_rows(in, a.cache);
-  check_prefix(in, a.cache);
-  std::vector<int32_t> index(in.rows);
-  std::vector<char> plain(in.rows);  // slot == logical index for the row and its ancestors
-  std::vector<Tile> tiles;
+  a.index = tiles.index.data();
+  a.tiles = tiles.tiles.data();
+  a.num_tiles = static_cast<int64_t>(tiles.tiles.size());
   const int64_t group = a.heads / a.cache.kv_heads;
-  const int64_t most = std::max<int64_t>(1, TILE_QUERIES / group);
-  for (int64_t i = 0; i < in.rows; ++i) {
-    const int32_t parent = in.parent[i], prefix = in.prefix_len[in.sequence[i]];
-    index[i] = parent < 0 ? prefix : index[parent] + 1;
-    plain[i] = in.slot[i] == index[i] && (parent < 0 || plain[parent]);
-    if (!tiles.empty()) {
-      Tile& tile = tiles.back();
-      if (in.sequence[i] == in.sequence[tile.first] && tile.count < most) {
-        ++tile.count;
-        tile.chain = tile.chain && plain[i] && parent == i - 1;
-        continue;
-      }
-    }
-    tiles.push_back({static_cast<int32_t>(i), 1, prefix, plain[i] != 0});
-  }
-  a.index = index.data();
-  a.tiles = tiles.data();
-  a.num_tiles = static_cast<int64_t>(tiles.size());
   const int64_t splits = (group + TILE_QUERIES - 1) / TILE_QUERIES;
   parallel(a.num_tiles * a.cache.kv_heads * splits, t.attention_bytes(a),
            [&](int64_t task, float* scratch) { t.attention(a, task, scratch); });

@@ -6,14 +6,14 @@
 #include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
+#include "rows.h"
 
 namespace coppice {
 
 std::vector<std::string> available();
 std::string isa();
 void set_isa(const std::string& name);  // throws std::invalid_argument
-int num_threads();
-void set_num_threads(int threads);
 
 // out [rows, n] = x [rows, k] W^T + bias (+ residual [rows, n], which may be null or out).
 void linear(const Packed& w, const float* x, int64_t rows, const float* residual, float* out);
@@ -23,8 +23,10 @@ void unpack(const Packed& w, float* out);  // [n, k]
 void gather(const Packed& w, const int32_t* token, int64_t rows, float* out);
 void norm(const NormArgs& args);
 void gate(const GateArgs& args);
-void rope(const RopeArgs& args, int64_t max_position);
-void attention(AttentionArgs args);
+
+// Their rows must have been checked (rows.h).
+void rope(const RopeArgs& args);
+void attention(AttentionArgs args, const Tiles& tiles);
 
 // For sampler.cpp: the chosen instruction set, and rows of `row_work` elements as tasks.
 const Table* chosen_table();

@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <new>
 
@@ -89,6 +90,11 @@ void bind_attention(nb::module_& m) {
             at<int32_t>(position),   at<int32_t>(sequence),   at<int32_t>(parent),
             at<int32_t>(slot),       at<int32_t>(page_table), at<int32_t>(prefix_len),
             rows,                    sequences,               max_pages};
+      })
+      .def_prop_ro("positions", [](const coppice::RowArrays& self) {
+        int32_t last = -1;
+        for (int64_t i = 0; i < self.rows; ++i) last = std::max(last, self.position[i]);
+        return last + 1;
       });
   nb::class_<coppice::Cache>(m, "Cache", "Addresses and shape of one layer's KV pages.")
       .def("__init__", [](coppice::Cache* self, Address k, Address v, int64_t pages,
@@ -101,9 +107,10 @@ void bind_attention(nb::module_& m) {
       [](Address qkv, Address cos_sin, Address q_weight, Address k_weight, Address q,
          const coppice::Cache& cache, const coppice::RowArrays& rows, int64_t heads, int64_t half,
          int qk_norm, float eps, int64_t max_position) {
+        coppice::check_slots(rows, cache);
+        if (half > 0) coppice::check_positions(rows, max_position);
         coppice::rope({at(qkv), at(cos_sin), at(q_weight), at(k_weight), at(q), cache, rows,
-                       heads, half, qk_norm, eps},
-                      max_position);
+                       heads, half, qk_norm, eps});
       },
       Unlocked());
   m.def(
@@ -111,8 +118,13 @@ void bind_attention(nb::module_& m) {
       [](Address q, Address sinks, Address out, const coppice::Cache& cache,
          const coppice::RowArrays& rows, int64_t heads, float scale, float softcap,
          int32_t window) {
+        coppice::check_slots(rows, cache);
+        coppice::check_prefix(rows, cache);
+        coppice::Tiles tiles;
+        tiles.lay(rows, heads / cache.kv_heads);
         coppice::attention({at(q), at(sinks), at(out), cache, rows, nullptr, nullptr, 0, heads,
-                            scale, softcap, window});
+                            scale, softcap, window},
+                           tiles);
       },
       Unlocked());
 }
@@ -121,6 +133,7 @@ void bind_attention(nb::module_& m) {
 
 namespace coppice {
 void bind_sampler(nb::module_& m);  // sampler.cpp
+void bind_program(nb::module_& m);  // bind_program.cpp
 }
 
 NB_MODULE(_native, m) {
@@ -130,6 +143,7 @@ NB_MODULE(_native, m) {
   m.def("set_isa", &coppice::set_isa);
   m.def("num_threads", &coppice::num_threads);
   m.def("set_num_threads", &coppice::set_num_threads, Unlocked());
+  m.def("expect_work", &coppice::expect_work);
   m.def("advise_huge", &advise_huge);
   m.def(
       "read_probe",
@@ -142,4 +156,5 @@ NB_MODULE(_native, m) {
   bind_elementwise(m);
   bind_attention(m);
   coppice::bind_sampler(m);
+  coppice::bind_program(m);
 }

@@ -1,7 +1,7 @@
 """`Ops` on the CPU through the C++ extension: shapes are checked here, arithmetic is there.
 
 The extension takes addresses. Every tensor whose address is passed is a live local of the
-calling method, contiguous, and of the type the kernel expects; `_ready` sees to that.
+calling method, contiguous, and of the type the kernel expects; `ready` sees to that.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from coppice.errors import EngineError
 from coppice.kernels import _native
 from coppice.kernels.formats import Format, Quantized, float_format
 from coppice.kernels.interface import Activation, QKNorm
+from coppice.kernels.native.program import NativeProgram
+from coppice.kernels.native.tensors import ACTIVATIONS, QK_NORMS, cache_of, ready
+from coppice.kernels.program import DecoderProgram
 from coppice.kernels.rows import Rows
 
 LANES = 16
@@ -28,9 +31,6 @@ FILL_ROWS = 512
 
 _STORES = {32: 0, 16: 1}
 """`Store` of kernels.h, by bits."""
-
-_ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
-_QK_NORMS: dict[QKNorm, int] = {"none": 0, "head": 1, "full": 2}
 
 
 @dataclass(slots=True)
@@ -135,14 +135,14 @@ class NativeOps:
 
     def linear(self, x: Tensor, packed: NativePacked, *, residual: Tensor | None = None) -> Tensor:
         """See `Ops.linear`."""
-        x = _ready(x)
+        x = ready(x)
         rows, width = x.shape
         n = packed.out_features
         if width != packed.in_features:
             raise EngineError(f"{width} features reached a layer that takes {packed.in_features}.")
         residual_address = 0
         if residual is not None:
-            residual = _ready(residual, rows * n)
+            residual = ready(residual, rows * n)
             residual_address = residual.data_ptr()
         out = torch.empty(rows, n)
         _native.linear(packed.native, x.data_ptr(), residual_address, out.data_ptr(), rows)
@@ -157,9 +157,9 @@ class NativeOps:
 
     def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         """See `Ops.rms_norm`; any leading dims."""
-        x = _ready(x)
+        x = ready(x)
         n = x.shape[-1]
-        weight = _ready(weight, n)
+        weight = ready(weight, n)
         out = torch.empty_like(x)
         _native.norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // n, n, eps)
         return out
@@ -181,14 +181,14 @@ class NativeOps:
         """See `Ops.rope_append`."""
         num_kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
         num_rows = rows.num_rows
-        qkv = _ready(qkv, num_rows * (num_heads + 2 * num_kv_heads) * head_dim)
-        cos_sin = _ready(cos_sin)
+        qkv = ready(qkv, num_rows * (num_heads + 2 * num_kv_heads) * head_dim)
+        cos_sin = ready(cos_sin)
         if qk_norm != "none":
             full = qk_norm == "full"
             assert q_weight is not None
             assert k_weight is not None
-            q_weight = _ready(q_weight, head_dim * (num_heads if full else 1))
-            k_weight = _ready(k_weight, head_dim * (num_kv_heads if full else 1))
+            q_weight = ready(q_weight, head_dim * (num_heads if full else 1))
+            k_weight = ready(k_weight, head_dim * (num_kv_heads if full else 1))
         half = cos_sin.shape[2]
         if 2 * half > head_dim:
             raise EngineError(f"{2 * half} rotary dims do not fit a head of {head_dim}.")
@@ -199,11 +199,11 @@ class NativeOps:
             0 if q_weight is None else q_weight.data_ptr(),
             0 if k_weight is None else k_weight.data_ptr(),
             q.data_ptr(),
-            _cache(k_pages, v_pages),
-            self._arrays(rows),
+            cache_of(k_pages, v_pages),
+            self.row_arrays(rows),
             num_heads,
             half,
-            _QK_NORMS[qk_norm],
+            QK_NORMS[qk_norm],
             eps,
             cos_sin.shape[0],
         )
@@ -222,19 +222,19 @@ class NativeOps:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See `Ops.attention`."""
-        q = _ready(q)
+        q = ready(q)
         num_rows, num_heads, head_dim = q.shape
         if head_dim != k_pages.shape[3] or num_heads % k_pages.shape[1]:
             raise EngineError(f"{num_heads}x{head_dim} queries do not fit these KV pages.")
         if sinks is not None:
-            sinks = _ready(sinks, num_heads)
+            sinks = ready(sinks, num_heads)
         out = torch.empty(num_rows, num_heads * head_dim)
         _native.attention(
             q.data_ptr(),
             0 if sinks is None else sinks.data_ptr(),
             out.data_ptr(),
-            _cache(k_pages, v_pages),
-            self._arrays(rows),
+            cache_of(k_pages, v_pages),
+            self.row_arrays(rows),
             num_heads,
             scale,
             softcap,
@@ -244,13 +244,17 @@ class NativeOps:
 
     def gated_activation(self, gate_up: Tensor, kind: Activation) -> Tensor:
         """See `Ops.gated_activation`."""
-        gate_up = _ready(gate_up)
+        gate_up = ready(gate_up)
         rows, width = gate_up.shape
         out = torch.empty(rows, width // 2)
-        _native.gate(gate_up.data_ptr(), out.data_ptr(), rows, width // 2, _ACTIVATIONS[kind])
+        _native.gate(gate_up.data_ptr(), out.data_ptr(), rows, width // 2, ACTIVATIONS[kind])
         return out
 
-    def _arrays(self, rows: Rows) -> _native.RowArrays:
+    def compile(self, decoder: DecoderProgram) -> NativeProgram:
+        """See `Ops.compile`."""
+        return NativeProgram(decoder, self.row_arrays)
+
+    def row_arrays(self, rows: Rows) -> _native.RowArrays:
         """Addresses of the step's arrays, made once per step (layers share them)."""
         if self._row_arrays is None or self._rows is not rows:
             tensors = (
@@ -274,28 +278,3 @@ class NativeOps:
             )
             self._rows = rows
         return self._row_arrays
-
-
-def _ready(x: Tensor, count: int | None = None) -> Tensor:
-    """``x`` as contiguous float32 (copied only if it is not), of ``count`` elements."""
-    if x.dtype != torch.float32:
-        x = x.float()
-    if not x.is_contiguous():
-        x = x.contiguous()
-    if count is not None and x.numel() != count:
-        raise EngineError(f"A tensor has {x.numel()} elements where {count} are needed.")
-    return x
-
-
-def _cache(k_pages: Tensor, v_pages: Tensor) -> _native.Cache:
-    """Addresses and shape of one layer's pages."""
-    dtype = k_pages.dtype
-    if dtype not in (torch.float32, torch.bfloat16) or v_pages.dtype != dtype:
-        raise EngineError(f"KV pages must be float32 or bfloat16, not {dtype}.")
-    if v_pages.shape != k_pages.shape:
-        raise EngineError("K and V pages differ in shape.")
-    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
-        raise EngineError("KV pages must be contiguous.")
-    return _native.Cache(
-        k_pages.data_ptr(), v_pages.data_ptr(), *k_pages.shape, dtype == torch.bfloat16
-    )

@@ -10,7 +10,7 @@
 namespace coppice {
 namespace {
 
-constexpr auto SPIN = std::chrono::microseconds(40);
+constexpr auto SPIN = std::chrono::microseconds(50);
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -56,6 +56,34 @@ Pool::~Pool() {
 
 void Pool::run(int64_t count, Task task, const void* context, int64_t scratch_bytes) {
   std::lock_guard<std::mutex> turn(callers_);
+  run_held(count, task, context, scratch_bytes);
+}
+
+void Pool::hold() {
+  callers_.lock();
+  if (workers_.empty() || owner_pid_ != pid()) return;
+  held_.store(true);
+  wake_sleepers();
+}
+
+void Pool::release() {
+  held_.store(false);
+  callers_.unlock();
+}
+
+void Pool::nudge() {
+  if (!workers_.empty() && owner_pid_ == pid()) wake_sleepers();
+}
+
+// Whoever sleeps finds the count changed, and stays awake while work comes or the pool is held.
+void Pool::wake_sleepers() {
+  epoch_.fetch_add(1);
+  if (sleepers_.load() == 0) return;
+  std::lock_guard<std::mutex> hold(sleep_);
+  wake_.notify_all();
+}
+
+void Pool::run_held(int64_t count, Task task, const void* context, int64_t scratch_bytes) {
   const bool alone = count < 2 || workers_.empty() || owner_pid_ != pid();
   for (int i = 0; i < (alone ? 1 : threads()); ++i) {
     Scratch& s = scratch_[i];
@@ -72,11 +100,7 @@ void Pool::run(int64_t count, Task task, const void* context, int64_t scratch_by
   if (alone) return take_tasks(0);
 
   open_.store(true);
-  epoch_.fetch_add(1);
-  if (sleepers_.load() > 0) {
-    std::lock_guard<std::mutex> hold(sleep_);
-    wake_.notify_all();
-  }
+  wake_sleepers();
   take_tasks(0);
   // Close, then wait for those inside. A worker counts itself before it looks at open_, so
   // either it sees the run closed or we see it active.
@@ -97,12 +121,20 @@ void Pool::take_tasks(int thread) {
 }
 
 bool Pool::wait_for_work(uint64_t seen) {
-  const auto end = std::chrono::steady_clock::now() + SPIN;
-  while (std::chrono::steady_clock::now() < end)
+  auto end = std::chrono::steady_clock::now() + SPIN;
+  for (int turns = 0;; ++turns) {
     for (int i = 0; i < 64; ++i) {
       if (epoch_.load(std::memory_order_acquire) != seen) return !stop_;
       pause();
     }
+    const auto now = std::chrono::steady_clock::now();
+    if (held_.load(std::memory_order_relaxed)) {
+      end = now + SPIN;
+      if (turns > 100) std::this_thread::yield();  // a long task elsewhere: let others run
+    } else if (now >= end) {
+      break;
+    }
+  }
   std::unique_lock<std::mutex> hold(sleep_);
   sleepers_.fetch_add(1);
   wake_.wait(hold, [&] { return epoch_.load() != seen; });

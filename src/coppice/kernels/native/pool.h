@@ -16,8 +16,9 @@ namespace coppice {
 //
 // Tasks are handed out one by one, so a thread that is slow or descheduled delays nothing
 // but its own task. Idle threads watch for work for a few tens of microseconds (operators
-// follow each other closely within a step), then sleep. One run at a time; concurrent
-// callers wait their turn. After a fork the child runs everything on its calling thread.
+// follow each other closely within a step), then sleep; while a caller holds the pool they
+// keep watching. One run at a time; concurrent callers wait their turn. After a fork the
+// child runs everything on its calling thread.
 class Pool {
  public:
   using Task = void (*)(const void* context, int64_t task, float* scratch);
@@ -33,6 +34,14 @@ class Pool {
   // aligned memory per thread, and returns when all have returned.
   void run(int64_t count, Task task, const void* context, int64_t scratch_bytes);
 
+  // Keep the turn for a series of run_held, and the threads awake; until release.
+  void hold();
+  void run_held(int64_t count, Task task, const void* context, int64_t scratch_bytes);
+  void release();
+
+  // Something to run follows shortly: whoever sleeps shall look out for it.
+  void nudge();
+
  private:
   struct Free {
     void operator()(float* p) const;
@@ -45,6 +54,7 @@ class Pool {
   void work(int thread);
   void take_tasks(int thread);
   bool wait_for_work(uint64_t seen);
+  void wake_sleepers();
 
   std::vector<Scratch> scratch_;  // [threads]; 0 is the caller's
   std::vector<std::thread> workers_;
@@ -58,6 +68,7 @@ class Pool {
   alignas(64) std::atomic<uint64_t> epoch_{0};
   std::atomic<bool> open_{false};
   std::atomic<int> active_{0};
+  std::atomic<bool> held_{false};
 
   std::mutex sleep_;
   std::condition_variable wake_;

@@ -19,7 +19,6 @@
 namespace coppice {
 namespace {
 
-constexpr uint8_t NOT_FINITE = 1, NOTHING_ALLOWED = 2;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 constexpr double LN2 = 0.6931471805599453;
 constexpr int MASS_BITS = 44;
@@ -221,6 +220,11 @@ void add_logprobs(const SampleArgs& a, int64_t i, float top, int64_t num_top,
 void sample_row(const SampleArgs& a, int64_t i, const SamplerTable& lanes) {
   static thread_local Scratch s;
   s.keys.clear();
+  a.token[i] = -1;  // until one is found
+  a.fault[i] = 0;
+  a.logprob[i] = 0.0;
+  std::fill_n(a.top_token + i * a.top_columns, a.top_columns, -1);
+  std::fill_n(a.top_logprob + i * a.top_columns, a.top_columns, 0.0);
   const SamplerRow& row = *a.params[i];
   const float* raw = a.logits + i * a.vocab;
   const int64_t n = std::min<int64_t>(a.vocab, std::max(row.vocab_size, 0));

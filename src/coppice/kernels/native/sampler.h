@@ -6,6 +6,9 @@
 
 namespace coppice {
 
+// Why a row has no token: a NaN or infinite logit; every token banned.
+constexpr uint8_t NOT_FINITE = 1, NOTHING_ALLOWED = 2;
+
 // A row of processed logits; y = (x - top) * inv_temperature.
 struct Logits {
   const float* x;

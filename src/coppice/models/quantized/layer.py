@@ -11,11 +11,11 @@ from torch import Tensor
 
 from coppice.kernels.formats import Format, Quantized
 from coppice.models.config import ModelConfig
-from coppice.models.decoder import LayerWeights
 from coppice.models.mlp import GatedMLP
 from coppice.models.moe import ExpertMixture
 from coppice.models.plan import LayerPlan, Stack
 from coppice.models.quantized.statistics import InputStatistics, RecordedLinear
+from coppice.models.weights import LayerWeights
 from coppice.weights import Linear, Part
 from coppice.weights.awq import search_scales
 from coppice.weights.gptq import GPTQ

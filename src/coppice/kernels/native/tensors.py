@@ -1,0 +1,38 @@
+"""From tensors to what the extension takes: checked, contiguous, of the right type."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coppice.errors import EngineError
+from coppice.kernels import _native
+from coppice.kernels.interface import Activation, QKNorm
+
+ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+QK_NORMS: dict[QKNorm, int] = {"none": 0, "head": 1, "full": 2}
+
+
+def ready(x: Tensor, count: int | None = None) -> Tensor:
+    """``x`` as contiguous float32 (copied only if it is not), of ``count`` elements."""
+    if x.dtype != torch.float32:
+        x = x.float()
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if count is not None and x.numel() != count:
+        raise EngineError(f"A tensor has {x.numel()} elements where {count} are needed.")
+    return x
+
+
+def cache_of(k_pages: Tensor, v_pages: Tensor) -> _native.Cache:
+    """Addresses and shape of one layer's pages."""
+    dtype = k_pages.dtype
+    if dtype not in (torch.float32, torch.bfloat16) or v_pages.dtype != dtype:
+        raise EngineError(f"KV pages must be float32 or bfloat16, not {dtype}.")
+    if v_pages.shape != k_pages.shape:
+        raise EngineError("K and V pages differ in shape.")
+    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+        raise EngineError("KV pages must be contiguous.")
+    return _native.Cache(
+        k_pages.data_ptr(), v_pages.data_ptr(), *k_pages.shape, dtype == torch.bfloat16
+    )
