@@ -20,18 +20,23 @@ class BatchLayout:
     """
 
     def __init__(self, max_rows: int, max_sequences: int, max_pages: int) -> None:
-        self._fields = np.zeros((6, max_rows), dtype=np.int32)
-        self._fields[5] = -1  # no adapters yet
+        fields = np.zeros((6, max_rows), dtype=np.int32)
+        fields[5] = -1  # no adapters yet
+        self._token, self._position, self._owner, self._parent, self._slot, _ = fields
         self._logit_rows = np.zeros(max_rows, dtype=np.int32)
         self._prefix_len = np.zeros(max_sequences, dtype=np.int32)
         self._page_table = np.full((max_sequences, max_pages), -1, dtype=np.int32)
         self._free_slots = list(range(max_sequences - 1, -1, -1))
         self._num_rows = 0
         self._num_logits = 0
-        self._views = [torch.from_numpy(row) for row in self._fields]
+        self._views = [torch.from_numpy(row) for row in fields]
         self._logit_view = torch.from_numpy(self._logit_rows)
         self._prefix_view = torch.from_numpy(self._prefix_len)
         self._table_view = torch.from_numpy(self._page_table)
+        self._last: tuple[tuple[int, int], Rows] | None = None
+        # A decode writes one number to each: a view of the same memory that is quick at that.
+        arrays = [*fields[:5], self._prefix_len, self._logit_rows]
+        self._one = [memoryview(array) for array in arrays]
 
     def take_slot(self, sequence: Sequence) -> None:
         """Give a sequence its page-table row."""
@@ -64,47 +69,67 @@ class BatchLayout:
             If the last of them is the sequence's last token, the place of its logits among
             the step's; those of tree node ``i`` are ``i + 1`` places on.
         """
-        a, b = self._num_rows, self._num_rows + num_rows
         start = sequence.num_computed
         end = start + num_rows
-        token, position, owner, parent, slot, _ = self._fields
         if num_rows == 1:
-            token[a] = sequence.tokens[start]
-            position[a] = slot[a] = start
-            owner[a] = sequence.slot
+            row = self._add_one(sequence, start)
         else:
-            token[a:b] = sequence.tokens[start:end]
-            position[a:b] = slot[a:b] = np.arange(start, end)
-            owner[a:b] = sequence.slot
-            parent[a:b] = np.arange(a - 1, b - 1)
-        parent[a] = -1
-        self._prefix_len[sequence.slot] = start
-        self._num_rows = b
+            row = self._add_chunk(sequence, start, end)
         if end < len(sequence.tokens):
             return None
         place = self._num_logits
-        self._logit_rows[place] = b - 1
-        self._num_logits += 1
+        self._one[6][place] = row
+        self._num_logits = place + 1
         if tree is not None:
             self._add_tree(sequence, tree)
         return place
+
+    def _add_one(self, sequence: Sequence, at: int) -> int:
+        token, position, owner, parent, slot, prefix_len, _ = self._one
+        row, place = self._num_rows, sequence.slot
+        token[row] = sequence.tokens[at]
+        position[row] = slot[row] = prefix_len[place] = at
+        owner[row] = place
+        parent[row] = -1
+        self._num_rows = row + 1
+        return row
+
+    def _add_chunk(self, sequence: Sequence, start: int, end: int) -> int:
+        a, b = self._num_rows, self._num_rows + end - start
+        self._token[a:b] = sequence.tokens[start:end]
+        self._position[a:b] = self._slot[a:b] = np.arange(start, end)
+        self._owner[a:b] = sequence.slot
+        self._parent[a:b] = np.arange(a - 1, b - 1)
+        self._parent[a] = -1
+        self._prefix_len[sequence.slot] = start
+        self._num_rows = b
+        return b - 1
 
     def _add_tree(self, sequence: Sequence, tree: DraftTree) -> None:
         """Rows of the nodes: a depth's position, and slots in the order of the nodes."""
         a, b = self._num_rows, self._num_rows + len(tree)
         end = len(sequence.tokens)
-        token, position, owner, parent, slot, _ = self._fields
-        token[a:b] = tree.tokens
-        position[a:b] = np.array(tree.depths()) + (end - 1)
-        owner[a:b] = sequence.slot
-        parent[a:b] = np.array(tree.parents) + a  # the root's row stands just before
-        slot[a:b] = np.arange(end, end + len(tree))
+        self._token[a:b] = tree.tokens
+        self._position[a:b] = np.array(tree.depths()) + (end - 1)
+        self._owner[a:b] = sequence.slot
+        self._parent[a:b] = np.array(tree.parents) + a  # the root's row stands just before
+        self._slot[a:b] = np.arange(end, end + len(tree))
         self._logit_rows[self._num_logits : self._num_logits + len(tree)] = np.arange(a, b)
         self._num_rows = b
         self._num_logits += len(tree)
 
     def rows(self) -> Rows:
-        """The step's rows; views into this object's arrays, valid until `clear`."""
+        """The step's rows; views into this object's arrays, valid until `clear`.
+
+        Steps with as many rows and wanted logits as the one before share one object.
+        """
+        sizes = self._num_rows, self._num_logits
+        if self._last is None or self._last[0] != sizes:
+            self._last = sizes, self._view()
+        return self._last[1]
+
+    def _view(self) -> Rows:
+        """The arrays' first ``_num_rows`` and ``_num_logits`` entries."""
         token, position, owner, parent, slot, adapter = (
             view[: self._num_rows] for view in self._views
         )

@@ -13,6 +13,7 @@ import time
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -29,14 +30,16 @@ from coppice.engine.messages import (
     ModelFacts,
     Output,
     StepStats,
+    TokenLogprob,
 )
 from coppice.engine.pages import SequencePages
 from coppice.engine.request import Grammar, Request
 from coppice.engine.sampler import SamplerState
 from coppice.engine.sequence import Sequence
 from coppice.engine.speculate import make_speculator
-from coppice.engine.step import Choice, StepRunner, Walk
+from coppice.engine.step import StepRunner, Walk
 from coppice.errors import ContextOverflowError, RequestError, RowFaultError
+from coppice.kernels import expect_work
 from coppice.scheduling import Grant, Plan, Planner, Snapshot, StepPlanner
 from coppice.scheduling.planner import order_key
 from coppice.speculation import DraftTree, Speculator
@@ -161,15 +164,18 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Plan, run and commit one step."""
+        expect_work()
         began = self.clock()
         outputs = self._expire(began)
         plan = self._planner.plan(self._snapshot())
         self._carry_out(plan, began)
-        grants = [g for g in plan.grants if g.sequence.num_pages]  # a newcomer may have found none
+        grants = plan.grants
+        if plan.admit:  # a newcomer may have found no pages after all
+            grants = [g for g in grants if g.sequence.num_pages]
         drafting = self.clock()
         trees = self._speculate(grants)
         drafting = self.clock() - drafting
-        result = self._runner.run(grants, trees, lambda choice: self._accept(choice, outputs))
+        result = self._runner.run(grants, trees, partial(self._accept, outputs))
         self._finish_walks(result.walks, outputs)
         took = self.clock() - began
         if result.num_rows:
@@ -316,7 +322,7 @@ class Engine:
                 break
             self._waiting.remove(sequence)
             self._batch.take_slot(sequence)
-            self._running.append(sequence)
+            insort(self._running, sequence, key=order_key)
             if not sequence.scheduled_s:
                 sequence.scheduled_s = now
                 sequence.cached_tokens = sequence.num_computed
@@ -349,17 +355,23 @@ class Engine:
             if walk.sequence.finish_reason is None:
                 outputs.append(_report(walk.sequence))
 
-    def _accept(self, choice: Choice, outputs: list[Output]) -> bool:
-        """Append a chosen token to its sequence; False where that ends it."""
-        sequence, token = choice.sequence, choice.token
-        if choice.fault is not None:
-            sequence.error = (RowFaultError.code, choice.fault)
+    def _accept(
+        self,
+        outputs: list[Output],
+        sequence: Sequence,
+        token: int,
+        logprob: TokenLogprob | None,
+        fault: str | None,
+    ) -> bool:
+        """See `Accept`; reports what ended."""
+        if fault is not None:
+            sequence.error = (RowFaultError.code, fault)
             self._end(sequence, "failed", outputs)
             return False
         sequence.tokens.append(token)
         sequence.sampler.accept(token)
-        if choice.logprob is not None:
-            sequence.logprobs.append(choice.logprob)
+        if logprob is not None:
+            sequence.logprobs.append(logprob)
         if not sequence.first_token_s:
             sequence.first_token_s = self.clock()
             self._totals["prompt_tokens"] += len(sequence.request.prompt)
@@ -408,16 +420,20 @@ def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:
 
 def _report(sequence: Sequence) -> Output:
     """What is new of a sequence since its last report."""
+    request = sequence.request
     new = sequence.tokens[sequence.sent :]
-    logprobs = sequence.logprobs[-len(new) :] if new and sequence.logprobs else []
-    first = sequence.sent == len(sequence.request.prompt)
-    sequence.sent = len(sequence.tokens)
+    first = sequence.sent == len(request.prompt)
     ended = sequence.finish_reason is not None
+    with_logprobs = request.sampling.logprobs is not None
+    sequence.sent = len(sequence.tokens)
+    if not (first or ended or with_logprobs):
+        return Output(request_id=request.id, index=sequence.index, tokens=new)
+    logprobs = sequence.logprobs[-len(new) :] if new and sequence.logprobs else []
     return Output(
-        request_id=sequence.request.id,
+        request_id=request.id,
         index=sequence.index,
         tokens=new,
-        logprobs=logprobs if sequence.request.sampling.logprobs is not None else None,
+        logprobs=logprobs if with_logprobs else None,
         finish_reason=sequence.finish_reason,
         stop_token=sequence.stop_token,
         cached_tokens=sequence.cached_tokens if first else 0,

@@ -63,8 +63,10 @@ class EngineLoop:
         """Everything in the inbox; waits for something when there is no work."""
         wait = not self._engine.has_work
         while True:
+            if not wait and self.inbox.empty():
+                return
             try:
-                message = self.inbox.get(wait, IDLE_STATS_S) if wait else self.inbox.get_nowait()
+                message = self.inbox.get(wait, IDLE_STATS_S)
             except queue.Empty:
                 return
             wait = False

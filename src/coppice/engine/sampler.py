@@ -18,7 +18,7 @@ from torch import Tensor
 from coppice.engine.messages import TokenLogprob
 from coppice.engine.noise import choice_seed
 from coppice.engine.request import SamplingParams
-from coppice.kernels.sampling import F32, I32, U8, Mask, RowParams, choose
+from coppice.kernels.sampling import F32, I32, U8, Mask, RowParams, Workspace, choose
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy, as in vLLM: dividing by them would overflow."""
@@ -36,7 +36,7 @@ class SamplerState:
             ``ignore_eos``.
     """
 
-    __slots__ = ("_counts", "_history", "_min_tokens", "num_output", "params", "row")
+    __slots__ = ("_argmax", "_counts", "_history", "_min_tokens", "num_output", "params", "row")
 
     def __init__(
         self,
@@ -59,6 +59,17 @@ class SamplerState:
         if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
             seen = prompt if params.repetition_penalty != 1.0 else ()
             self._counts = TokenCounts(self.row, seen)
+        self._argmax = (
+            self.row.inv_temperature == 0.0
+            and self._counts is None
+            and not len(self.row.bias_ids)
+            and not self.wants_logprobs
+        )
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the largest of the model's own logits is all there is to the next choice."""
+        return self._argmax and not self.row.num_banned
 
     @property
     def wants_logprobs(self) -> bool:
@@ -91,6 +102,7 @@ class SamplerState:
         other.params = self.params
         other.num_output = self.num_output
         other._min_tokens = self._min_tokens
+        other._argmax = self._argmax
         other._history = list(self._history)
         other.row = _copy_row(self.row)
         other._counts = None if self._counts is None else self._counts.copy_to(other.row)
@@ -160,6 +172,8 @@ def sample(
     states: Sequence[SamplerState],
     positions: Sequence[int],
     masks: Sequence[Mask | None] | None = None,
+    *,
+    workspace: Workspace | None = None,
 ) -> Sampled:
     """Choose one token for every row; nothing in ``states`` changes (see `accept`).
 
@@ -168,14 +182,14 @@ def sample(
         states: each row's sequence.
         positions: absolute position of the token to be chosen (prompt tokens count).
         masks: each row's allowed tokens as an int32 bitmask, or ``None`` for all.
+        workspace: arrays to work in and answer with; what they held before is gone.
 
     Returns:
         Tokens, fault codes, logprobs. A fault in one row leaves the others unchanged.
     """
     values: F32 = logits.detach().cpu().numpy()
     rows = [s.row for s in states]
-    where = np.fromiter(positions, np.int64, len(rows))
-    choices = choose(values, rows, where, masks)
+    choices = choose(values, rows, positions, masks, workspace=workspace)
     logprobs: list[TokenLogprob | None] | None = None
     if choices.top_ids.shape[1]:
         logprobs = [None] * len(rows)

@@ -10,8 +10,9 @@ tree does not hold.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,23 +25,20 @@ from coppice.engine.pages import SequencePages
 from coppice.engine.sampler import FAULTS, sample
 from coppice.engine.sequence import Sequence
 from coppice.errors import CoppiceError
-from coppice.kernels.sampling import Mask
+from coppice.kernels.rows import Rows
+from coppice.kernels.sampling import Mask, Workspace
 from coppice.scheduling import Grant
 from coppice.speculation import ROOT, DraftTree
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A token chosen for a sequence, or why none could be (``fault``, for the client)."""
+class Accept(Protocol):
+    """Takes a chosen token, or why none could be (``fault``, for the client)."""
 
-    sequence: Sequence
-    token: int
-    logprob: TokenLogprob | None
-    fault: str | None
-
-
-Accept = Callable[[Choice], bool]
-"""Appends a chosen token to its sequence; says whether the sequence goes on."""
+    def __call__(
+        self, sequence: Sequence, token: int, logprob: TokenLogprob | None, fault: str | None
+    ) -> bool:
+        """Append it to its sequence; False where that ends the sequence."""
+        ...
 
 
 @dataclass(slots=True)
@@ -58,7 +56,7 @@ class Walk:
     place: int
     tree: DraftTree | None
     node: int = ROOT
-    path: list[int] = field(default_factory=list)
+    path: tuple[int, ...] = ()
 
     def follow(self, token: int) -> bool:
         """Go to the node that holds the chosen token; False where the tree has none."""
@@ -66,7 +64,7 @@ class Walk:
         if child is None:
             return False
         self.node = child
-        self.path.append(child)
+        self.path = (*self.path, child)
         return True
 
 
@@ -97,6 +95,8 @@ class StepRunner:
         self._pool = pool
         self._pages = pages
         self._layout = layout
+        self._page_size = pool.layout.page_size
+        self._workspace = Workspace()
 
     def run(
         self, grants: Iterable[Grant], trees: Mapping[int, DraftTree], accept: Accept
@@ -112,41 +112,63 @@ class StepRunner:
             accept: takes every chosen token, in order.
         """
         result = StepResult()
-        self._layout.clear()
+        layout = self._layout
+        layout.clear()
         ran: list[tuple[Sequence, int]] = []
         for grant in grants:
             sequence = grant.sequence
             assert isinstance(sequence, Sequence)
-            num_rows = min(grant.num_rows, sequence.num_tokens - sequence.num_computed)
-            tree = trees.get(sequence.arrival)
-            if tree is not None and not self._prepare(sequence, num_rows + len(tree)):
+            end = min(sequence.num_computed + grant.num_rows, len(sequence.tokens))
+            tree = trees.get(sequence.arrival) if trees else None
+            if tree is not None and not self._prepare(sequence, end + len(tree)):
                 tree = None
-            if not self._prepare(sequence, num_rows):
+            if not self._prepare(sequence, end):
                 continue
-            place = self._layout.add(sequence, num_rows, tree)
+            num_rows = end - sequence.num_computed
+            place = layout.add(sequence, num_rows, tree)
             if place is not None:
                 result.walks.append(Walk(sequence, place, tree))
-            ran.append((sequence, num_rows))
+            ran.append((sequence, end))
             result.num_rows += num_rows + (0 if tree is None else len(tree))
         if not ran:
             return result
         began = time.perf_counter()
-        logits = self._model.forward(self._layout.rows(), self._pool)
+        rows = layout.rows()
+        found: list[int] | Tensor | None = self._greedy(rows, result.walks)
+        if found is None:
+            found = self._model.forward(rows, self._pool)
         result.model_s = time.perf_counter() - began
-        for sequence, num_rows in ran:
-            self._commit(sequence, num_rows)
-        result.num_chosen = _choose_all(logits, result.walks, accept)
+        for sequence, end in ran:
+            sequence.num_computed = end
+            if end >= (sequence.num_sealed + 1) * self._page_size:
+                self._seal(sequence)
+        if isinstance(found, list):
+            result.num_chosen = _take(found, result.walks, accept)
+        else:
+            result.num_chosen = self._choose_all(found, result.walks, accept)
         for walk in result.walks:
             if walk.path and walk.sequence.slot >= 0:
                 self._keep(walk)
         return result
 
-    def _prepare(self, sequence: Sequence, num_rows: int) -> bool:
+    def _greedy(self, rows: Rows, walks: list[Walk]) -> list[int] | None:
+        """Run the model for nothing but the likeliest tokens, if nobody wants more."""
+        if not walks:
+            return None
+        for walk in walks:
+            if not walk.sequence.sampler.is_argmax or walk.sequence.grammar is not None:
+                return None
+        vocab_size = walks[0].sequence.sampler.row.vocab_size
+        return self._model.greedy(rows, self._pool, vocab_size)
+
+    def _prepare(self, sequence: Sequence, end: int) -> bool:
+        """Make sure of pages for the first ``end`` tokens."""
         held = len(sequence.pages)
-        if not self._pages.grow(sequence, sequence.num_computed + num_rows):
+        if end <= held * self._page_size:
+            return True
+        if not self._pages.grow(sequence, end):
             return False
-        if len(sequence.pages) != held:
-            self._layout.write_pages(sequence, held)
+        self._layout.write_pages(sequence, held)
         return True
 
     def _keep(self, walk: Walk) -> None:
@@ -155,58 +177,77 @@ class StepRunner:
         moves = [(first + n, first + i) for i, n in enumerate(walk.path) if n != i]
         if moves:
             self._pool.move(walk.sequence.pages, moves)
-        self._commit(walk.sequence, len(walk.path))
+        walk.sequence.num_computed = first + len(walk.path)
+        self._seal(walk.sequence)
 
-    def _commit(self, sequence: Sequence, num_rows: int) -> None:
-        """Count rows whose K and V are in place."""
-        sequence.num_computed += num_rows
+    def _seal(self, sequence: Sequence) -> None:
         first = sequence.num_sealed
         if self._pages.seal(sequence):
             self._layout.write_pages(sequence, first)
 
+    def _choose_all(self, logits: Tensor, walks: list[Walk], accept: Accept) -> int:
+        """Walk all trees, one level of every sequence at a time; tokens chosen."""
+        chosen, open_walks = 0, walks
+        while open_walks:
+            rows = logits
+            if len(open_walks) != logits.shape[0]:
+                places = [walk.place + 1 + walk.node for walk in open_walks]
+                rows = logits.index_select(0, torch.tensor(places))
+            tokens, logprobs, faults = self._choose(rows, [walk.sequence for walk in open_walks])
+            chosen += len(tokens)
+            going = []
+            for i, walk in enumerate(open_walks):
+                logprob = None if logprobs is None else logprobs[i]
+                fault = faults.get(i)
+                if accept(walk.sequence, tokens[i], logprob, fault) and walk.follow(tokens[i]):
+                    going.append(walk)
+            open_walks = going
+        return chosen
 
-def _choose_all(logits: Tensor, walks: list[Walk], accept: Accept) -> int:
-    """Walk all trees, one level of every sequence at a time; tokens chosen."""
-    chosen, open_walks = 0, walks
-    while open_walks:
-        places = [walk.place + 1 + walk.node for walk in open_walks]
-        whole = len(places) == logits.shape[0]
-        rows = logits if whole else logits.index_select(0, torch.tensor(places))
-        choices = _choose(rows, [walk.sequence for walk in open_walks])
-        chosen += len(choices)
-        open_walks = [
-            walk
-            for walk, choice in zip(open_walks, choices, strict=True)
-            if accept(choice) and walk.follow(choice.token)
-        ]
+    def _choose(
+        self, logits: Tensor, sequences: list[Sequence]
+    ) -> tuple[list[int], list[TokenLogprob | None] | None, dict[int, str]]:
+        """One token for each sequence from its row of ``logits [W, V]``, logprobs, faults by row.
+
+        A constraint that fails takes its own row with it and no other.
+        """
+        faults: dict[int, str] = {}
+        constrained = [i for i, s in enumerate(sequences) if s.grammar is not None]
+        masks = None
+        if constrained:
+            masks = [_mask(s, i, faults) for i, s in enumerate(sequences)]
+        drawn = sample(
+            logits,
+            [s.sampler for s in sequences],
+            [len(s.tokens) for s in sequences],
+            masks,
+            workspace=self._workspace,
+        )
+        tokens = drawn.tokens.tolist()
+        for i, code in enumerate(drawn.faults.tolist()):
+            if code:
+                faults.setdefault(i, FAULTS[code])
+        for i in constrained:
+            grammar = sequences[i].grammar
+            if grammar is not None and i not in faults:
+                try:
+                    grammar.accept(tokens[i])
+                except CoppiceError as error:
+                    faults[i] = error.message
+        return tokens, drawn.logprobs, faults
+
+
+def _take(tokens: list[int], walks: list[Walk], accept: Accept) -> int:
+    """Walk trees whose every node's token is known, or ``-fault``; tokens chosen."""
+    chosen = 0
+    for walk in walks:
+        going = True
+        while going:
+            token = tokens[walk.place + 1 + walk.node]
+            fault = None if token >= 0 else FAULTS[-token]
+            chosen += 1
+            going = accept(walk.sequence, token, None, fault) and walk.follow(token)
     return chosen
-
-
-def _choose(logits: Tensor, sequences: list[Sequence]) -> list[Choice]:
-    """One token for each sequence from its row of ``logits [W, V]``.
-
-    A constraint that fails takes its own row with it and no other.
-    """
-    faults: dict[int, str] = {}
-    masks = None
-    if any(s.grammar is not None for s in sequences):
-        masks = [_mask(s, i, faults) for i, s in enumerate(sequences)]
-    drawn = sample(logits, [s.sampler for s in sequences], [s.num_tokens for s in sequences], masks)
-    tokens = drawn.tokens.tolist()
-    for i, code in enumerate(drawn.faults.tolist()):
-        if code:
-            faults.setdefault(i, FAULTS[code])
-    for i, sequence in enumerate(sequences):
-        if sequence.grammar is not None and i not in faults:
-            try:
-                sequence.grammar.accept(tokens[i])
-            except CoppiceError as error:
-                faults[i] = error.message
-    logprobs = drawn.logprobs or [None] * len(sequences)
-    return [
-        Choice(sequence, tokens[i], logprobs[i], faults.get(i))
-        for i, sequence in enumerate(sequences)
-    ]
 
 
 def _mask(sequence: Sequence, row: int, faults: dict[int, str]) -> Mask | None:

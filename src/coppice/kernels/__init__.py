@@ -8,11 +8,12 @@ Importing this package is cheap; PyTorch comes in with `get_ops`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from coppice.errors import ConfigError
 from coppice.kernels.threads import usable_cores
@@ -27,6 +28,7 @@ __all__ = [
     "Probe",
     "available_isas",
     "describe",
+    "expect_work",
     "get_ops",
     "native_available",
     "num_threads",
@@ -100,6 +102,17 @@ def set_num_threads(threads: int | None = None) -> None:
             _native.set_num_threads(wanted)
 
 
+def expect_work() -> None:
+    """Say that a forward pass follows within some tens of microseconds.
+
+    Threads that have fallen asleep wake up meanwhile instead of when it begins; if nothing
+    comes they go back to sleep after 50 us.
+    """
+    native = _extension()
+    if native is not None:
+        native.expect_work()
+
+
 def available_isas() -> list[str]:
     """Instruction sets the native kernels can use here, best first; empty if not built."""
     if not native_available():
@@ -162,6 +175,12 @@ def probe(size_bytes: int = 256 << 20) -> Probe:
         read_bytes_s=_native.read_probe(memory.data_ptr(), memory.numel(), 5),
         fma_flop_s=_native.fma_probe(2_000_000),
     )
+
+
+@cache
+def _extension() -> Any:
+    """The C++ extension, or None where it was not built."""
+    return importlib.import_module("coppice.kernels._native") if native_available() else None
 
 
 @cache

@@ -179,25 +179,72 @@ class Choices:
     top_ids: I32
     top_logprobs: F64
 
-    @classmethod
-    def empty(cls, num_rows: int, num_top: int) -> Choices:
-        """Room for ``num_rows`` rows, all failed, with ``num_top`` alternatives."""
-        return cls(
-            np.full(num_rows, -1, np.int32),
+    def fail(self) -> None:
+        """Make every row one that failed."""
+        self.tokens.fill(-1)
+        self.faults.fill(0)
+        self.logprobs.fill(0.0)
+        self.top_ids.fill(-1)
+        self.top_logprobs.fill(0.0)
+
+
+class Workspace:
+    """Arrays for calls of `choose`, made once and grown when more rows come.
+
+    A step of few rows would spend more time on making arrays than on choosing.
+    """
+
+    def __init__(self, num_rows: int = 0) -> None:
+        self._capacity = -1
+        self._given: tuple[tuple[int, int], Choices] | None = None
+        self._reserve(num_rows)
+
+    def _reserve(self, num_rows: int) -> None:
+        if num_rows <= self._capacity:
+            return
+        self._capacity = num_rows
+        self._given = None
+        self.positions = np.zeros(num_rows, np.int64)
+        self.params = np.zeros(num_rows, np.uint64)
+        self.masks = np.zeros(num_rows, np.uint64)
+        self.mask_words = np.zeros(num_rows, np.int32)
+        self._room = room = Choices(
+            np.zeros(num_rows, np.int32),
             np.zeros(num_rows, np.uint8),
             np.zeros(num_rows, np.float64),
-            np.full((num_rows, num_top), -1, np.int32),
-            np.zeros((num_rows, num_top), np.float64),
+            np.zeros((num_rows, MAX_TOP), np.int32),
+            np.zeros((num_rows, MAX_TOP), np.float64),
         )
+        arrays: list[NDArray[Any]] = [self.params, self.positions, self.masks, self.mask_words]
+        arrays += [room.tokens, room.faults, room.logprobs, room.top_ids, room.top_logprobs]
+        self.addresses = [_address(array) for array in arrays]
+
+    def choices(self, num_rows: int, num_top: int) -> Choices:
+        """Room for ``num_rows`` rows with ``num_top`` alternatives, holding anything."""
+        self._reserve(num_rows)
+        if self._given is None or self._given[0] != (num_rows, num_top):
+            room = self._room
+            self._given = (
+                (num_rows, num_top),
+                Choices(
+                    room.tokens[:num_rows],
+                    room.faults[:num_rows],
+                    room.logprobs[:num_rows],
+                    room.top_ids[:num_rows, :num_top],
+                    room.top_logprobs[:num_rows, :num_top],
+                ),
+            )
+        return self._given[1]
 
 
 def choose(
     logits: F32,
     params: Sequence[RowParams],
-    positions: I64,
+    positions: Sequence[int] | I64,
     masks: Sequence[Mask | None] | None = None,
     *,
     backend: Literal["native", "reference"] | None = None,
+    workspace: Workspace | None = None,
 ) -> Choices:
     """Choose one token per row.
 
@@ -207,21 +254,24 @@ def choose(
         positions: ``[W]`` absolute position of the token to be chosen.
         masks: per row the allowed tokens, or ``None`` for all.
         backend: force one implementation; by default native where it was built.
+        workspace: where to work and answer; its last answer is overwritten.
 
     Returns:
         Tokens, fault codes and, for rows that asked, logprobs.
     """
     num_rows = logits.shape[0]
-    wants = max((p.num_top for p in params), default=-1) >= 0
-    choices = Choices.empty(num_rows, MAX_TOP if wants else 0)
+    workspace = workspace or Workspace(num_rows)
+    wants = any(p.num_top >= 0 for p in params)
+    choices = workspace.choices(num_rows, MAX_TOP if wants else 0)
     native = None if backend == "reference" else native_module()
     if native is not None:
-        _choose_native(native, logits, params, positions, masks, out=choices)
+        _choose_native(native, logits, params, positions, masks, workspace=workspace, wants=wants)
         return choices
     if backend == "native":
         raise ConfigError("The native sampler is not built; reinstall with a C++ compiler.")
     from coppice.kernels.sampling_reference import choose_row
 
+    choices.fail()
     for i in range(num_rows):
         mask = masks[i] if masks is not None else None
         choose_row(logits[i], params[i], int(positions[i]), mask, out=choices, i=i)
@@ -242,37 +292,39 @@ def _choose_native(
     native: Any,
     logits: F32,
     params: Sequence[RowParams],
-    positions: I64,
+    positions: Sequence[int] | I64,
     masks: Sequence[Mask | None] | None,
     *,
-    out: Choices,
+    workspace: Workspace,
+    wants: bool,
 ) -> None:
     num_rows, vocab = logits.shape
     if not (logits.flags.c_contiguous and logits.dtype == np.float32):
         raise ValueError("logits must be contiguous float32")
-    if not len(params) == len(positions) == num_rows or positions.dtype != np.int64:
-        raise ValueError("params and positions (int64) need one entry per row")
-    addresses = np.fromiter((p.address for p in params), np.uint64, num_rows)
-    mask_addresses = mask_words = None
-    if masks is not None:
-        mask_addresses = np.fromiter(
-            (0 if m is None else _address(m) for m in masks), np.uint64, num_rows
-        )
-        mask_words = np.fromiter((0 if m is None else len(m) for m in masks), np.int32, num_rows)
+    if not len(params) == len(positions) == num_rows:
+        raise ValueError("params and positions need one entry per row")
+    if num_rows == 1:  # a slice takes five times as long
+        workspace.params[0] = params[0].address
+        workspace.positions[0] = positions[0]
+    else:
+        workspace.params[:num_rows] = [p.address for p in params]
+        workspace.positions[:num_rows] = positions
+    where, at, mask_at, mask_words, *outputs = workspace.addresses
+    if masks is None:
+        mask_at = mask_words = 0
+    else:
+        workspace.masks[:num_rows] = [0 if m is None else _address(m) for m in masks]
+        workspace.mask_words[:num_rows] = [0 if m is None else len(m) for m in masks]
     native.sample(
         _address(logits),
-        _address(addresses),
-        _address(positions),
-        0 if mask_addresses is None else _address(mask_addresses),
-        0 if mask_words is None else _address(mask_words),
-        _address(out.tokens),
-        _address(out.faults),
-        _address(out.logprobs),
-        _address(out.top_ids),
-        _address(out.top_logprobs),
+        where,
+        at,
+        mask_at,
+        mask_words,
+        *outputs,
         num_rows,
         vocab,
-        out.top_ids.shape[1],
+        MAX_TOP if wants else 0,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class SequenceView(Protocol):
@@ -50,7 +50,7 @@ class Snapshot:
     """Everything a plan may depend on.
 
     Attributes:
-        running: sequences that hold pages.
+        running: sequences that hold pages, best first.
         waiting: sequences that hold none, best first.
         num_available: pages free now or after evicting cached prefixes.
         page_size: tokens a page.
@@ -68,8 +68,7 @@ class Snapshot:
     prefill_chunk: int
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """``num_rows`` rows of the step go to ``sequence``."""
 
     sequence: SequenceView

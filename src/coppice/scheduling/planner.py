@@ -28,34 +28,41 @@ class StepPlanner:
     """
 
     def plan(self, snapshot: Snapshot) -> Plan:
-        """See `Planner`. O(running log running + admitted)."""
-        running = sorted(snapshot.running, key=order_key)
-        grants = _share_rows(running, snapshot)
-        available, preempted = _make_room(running, grants, snapshot)
+        """See `Planner`. O(running + admitted)."""
+        grants = _share_rows(snapshot)
+        if not snapshot.waiting and _most_new_pages(grants, snapshot) <= snapshot.num_available:
+            return Plan(grants=grants)
+        available, preempted = _make_room(grants, snapshot)
         if preempted:
-            return Plan(preempt=preempted, grants=list(grants.values()))
-        admitted = _admit(grants, available, snapshot)
-        return Plan(admit=admitted, grants=list(grants.values()))
+            return Plan(preempt=preempted, grants=grants)
+        return Plan(admit=_admit(grants, available, snapshot), grants=grants)
 
 
-def _share_rows(running: list[SequenceView], snapshot: Snapshot) -> dict[int, Grant]:
-    """Rows for running work, keyed by arrival: decodes, then prompt chunks."""
-    grants: dict[int, Grant] = {}
+def _share_rows(snapshot: Snapshot) -> list[Grant]:
+    """Rows for running work: decodes, then prompt chunks."""
+    grants: list[Grant] = []
+    behind: list[SequenceView] = []
+    for sequence in snapshot.running:
+        missing = sequence.num_tokens - sequence.num_computed
+        if missing == 1:
+            grants.append(Grant(sequence, 1))
+        elif missing > 1:
+            behind.append(sequence)
     left = snapshot.max_rows
-    behind = [s for s in running if s.num_tokens - s.num_computed > 1]
-    decode_cap = left - int(left * PREFILL_SHARE) if behind else left
-    for sequence in running:
-        if decode_cap and sequence.num_tokens - sequence.num_computed == 1:
-            grants[sequence.arrival] = Grant(sequence, 1)
-            decode_cap -= 1
-            left -= 1
+    del grants[left - int(left * PREFILL_SHARE) if behind else left :]
+    left -= len(grants)
     for sequence in behind:
         rows = min(sequence.num_tokens - sequence.num_computed, snapshot.prefill_chunk, left)
         if rows <= 0:
             break
-        grants[sequence.arrival] = Grant(sequence, rows)
+        grants.append(Grant(sequence, rows))
         left -= rows
     return grants
+
+
+def _most_new_pages(grants: list[Grant], snapshot: Snapshot) -> int:
+    """Pages that suffice for the grants, whatever the sequences hold: one for a decode."""
+    return sum(1 + rows // snapshot.page_size for _, rows in grants)
 
 
 def _new_pages(grant: Grant, page_size: int) -> int:
@@ -64,24 +71,24 @@ def _new_pages(grant: Grant, page_size: int) -> int:
     return max(0, pages_for(end, page_size) - sequence.num_pages)
 
 
-def _make_room(
-    running: list[SequenceView], grants: dict[int, Grant], snapshot: Snapshot
-) -> tuple[int, list[SequenceView]]:
+def _make_room(grants: list[Grant], snapshot: Snapshot) -> tuple[int, list[SequenceView]]:
     """Drop the last in order until what stays has its pages; pages left, and the dropped."""
-    need = {key: _new_pages(grant, snapshot.page_size) for key, grant in grants.items()}
+    need = {id(g.sequence): _new_pages(g, snapshot.page_size) for g in grants}
     missing = sum(need.values()) - snapshot.num_available
     preempted: list[SequenceView] = []
-    for victim in reversed(running):
-        if missing <= 0 or len(preempted) == len(running) - 1:
+    for victim in reversed(snapshot.running):
+        if missing <= 0 or len(preempted) == len(snapshot.running) - 1:
             break
         preempted.append(victim)
-        missing -= victim.num_pages + need.get(victim.arrival, 0)
-        grants.pop(victim.arrival, None)
+        missing -= victim.num_pages + need.get(id(victim), 0)
+    if preempted:
+        gone = set(map(id, preempted))
+        grants[:] = [grant for grant in grants if id(grant.sequence) not in gone]
     return -missing, preempted
 
 
-def _admit(grants: dict[int, Grant], available: int, snapshot: Snapshot) -> list[SequenceView]:
-    left = snapshot.max_rows - sum(grant.num_rows for grant in grants.values())
+def _admit(grants: list[Grant], available: int, snapshot: Snapshot) -> list[SequenceView]:
+    left = snapshot.max_rows - sum(grant.num_rows for grant in grants)
     slots = snapshot.max_sequences - len(snapshot.running)
     headroom = len(grants)  # a page each for the decodes beside it, so as not to evict at once
     admitted: list[SequenceView] = []
@@ -93,7 +100,7 @@ def _admit(grants: dict[int, Grant], available: int, snapshot: Snapshot) -> list
         if pages + spare > available:
             break
         rows = min(sequence.num_tokens - sequence.num_computed, snapshot.prefill_chunk, left)
-        grants[sequence.arrival] = Grant(sequence, rows)
+        grants.append(Grant(sequence, rows))
         admitted.append(sequence)
         available -= pages
         headroom += 1

@@ -37,7 +37,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         for _ in range(draw(st.integers(0, 12)))
     ]
     return Snapshot(
-        running=running,
+        running=sorted(running, key=order_key),
         waiting=sorted(waiting, key=order_key),
         num_available=draw(st.integers(0, 30)),
         page_size=page_size,
