@@ -71,7 +71,9 @@ def _limits_row(contest: Contest) -> list[str]:
     int8 = f"{limits.int8 / 1e9:.0f}" if limits.int8 else "not probed"
     text = f"G/s: fp32 {limits.fp32 / 1e9:.0f}, matmul {limits.matmul / 1e9:.0f}, int8 {int8}"
     read = f"{limits.read_bytes_s / 1e9:.1f}"
-    return ["machine", "", "limits", text, str(2 * len(pairs)), "", read, ""]
+    disturbed = sum(figure.disturbed for figure in contest.figures.values())
+    others = f"* {disturbed} of {len(pairs)} disturbed" if disturbed else ""
+    return ["machine", others, "limits", text, str(2 * len(pairs)), "", read, ""]
 
 
 def _run(contest: Contest, cases: list[Case], args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from benchmarks.peers.protocol import Job
 from benchmarks.peers.session import PatienceError, PeerError, Session, UnableError
 from benchmarks.probe import Limits, median_limits
+from benchmarks.quiet import wait_until_quiet
 from tools.peers import places
 
 TASKS = ("decode1", "decode8", "prefill", "verify")
@@ -93,12 +94,14 @@ class Figure:
         limits: what the machine gave before and after each of them.
         note: why there is none, or that it gave up.
         seconds: how long the last one took.
+        disturbed: how many values were taken while other programs ran.
     """
 
     values: list[Any] = field(default_factory=list)
     limits: list[tuple[Limits, Limits]] = field(default_factory=list)
     note: str = ""
     seconds: float = 0.0
+    disturbed: int = 0
 
     @property
     def bandwidths(self) -> list[float]:
@@ -230,7 +233,7 @@ class Contest:
 
     def _measure(self, session: Session, case: Case, entrant: Entrant, task: str) -> None:
         figure = self.figures[case, entrant.name, task]
-        time.sleep(0.3)  # until idle threads of the contender have stopped to spin
+        quiet = wait_until_quiet()  # idle threads of the contender stop to spin, too
         before = self._limits()
         began = time.perf_counter()
         try:
@@ -239,7 +242,8 @@ class Contest:
             figure.note = str(reason)
             return
         figure.seconds = time.perf_counter() - began
-        time.sleep(0.3)
+        quiet = wait_until_quiet(patience_s=0.0) and quiet
+        figure.disturbed += not quiet
         figure.values.append(value)
         figure.limits.append((before, self._limits()))
 

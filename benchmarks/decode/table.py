@@ -38,6 +38,7 @@ def _row(judge: Judge, case: Case, task: str, name: str, figure: Figure | None) 
         note = figure.note if figure is not None and figure.note else "not run"
         return [*start, note.splitlines()[0][:60], "0", "", "", ""]
     probed = f"{statistics.median(figure.bandwidths) / 1e9:.1f}"
+    count = f"{len(figure.values)}{'*' if figure.disturbed else ''}"
     used, ratio = "", ""
     if task == "decode1":
         size = judge.facts.get((case, name), {}).get("weight_bytes")
@@ -47,7 +48,7 @@ def _row(judge: Judge, case: Case, task: str, name: str, figure: Figure | None) 
         ratio = f"{value / best[1]:.2f}" if best else ""
     elif name == COPPICE.name and (over := judge.over_roofline(case)):
         ratio = f"{max(over):.2f}x roofline"
-    return [*start, _text(value, figure.values), str(len(figure.values)), used, probed, ratio]
+    return [*start, _text(value, figure.values), count, used, probed, ratio]
 
 
 def _title(judge: Judge, case: Case, name: str) -> str:
@@ -75,6 +76,7 @@ def metrics(judge: Judge, model: str, forms: list[str]) -> dict[str, Any]:
                         "median": median(figure),
                         "values": figure.values,
                         "limits": [[asdict(a), asdict(b)] for a, b in figure.limits],
+                        "disturbed": figure.disturbed,
                         "note": figure.note[:300],
                     }
         over = judge.over_roofline(case)

