@@ -119,6 +119,7 @@ class _Builder:
         self._ops = ops
         self._formats = formats
         self._meter = meter
+        self._native = source.native_dtype()
         self._whole: tuple[str, Tensor] | None = None
 
     def decoder(self, plan: DecoderPlan) -> DecoderWeights:
@@ -198,7 +199,7 @@ class _Builder:
 
     def _floats(self, stack: Stack, name: str, format: Format) -> Tensor | Quantized:
         """One part read as floats, and rounded to nearest where the format has codes."""
-        dtype = torch.float32 if format.quantized else format.dtype
+        dtype = self._native if format.quantized else format.dtype
         if stack.expert is None:
             weight = self._source.read(name, dtype)
         else:

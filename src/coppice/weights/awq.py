@@ -66,6 +66,6 @@ def _error(weights: Sequence[Tensor], scales: Tensor, hessian: Tensor, fmt: Form
     total = 0.0
     for weight in weights:
         scaled = weight.float() * scales
-        rounded = round_to_nearest(scaled, fmt, importance=importance).dequant()
+        rounded = round_to_nearest(scaled, fmt, importance=importance, quick=True).dequant()
         total += output_error((rounded - scaled) / scales, hessian)
     return total

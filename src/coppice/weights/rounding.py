@@ -7,15 +7,24 @@ may be weighted by how much each input matters (the diagonal of a layer's Hessia
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from coppice.errors import CheckpointError
 from coppice.kernels.formats import Format, Quantized
 
-_CLIPS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.81, 0.77, 0.73, 0.69, 0.65)
-_ROWS = 1 << 21
-"""Weights worked on at once, so that searching takes little memory beside the weight."""
+_SYMMETRIC = (
+    *((-8, clip) for clip in (1.0, 0.92, 0.84, 0.75)),
+    *((7, clip) for clip in (1.0, 0.9, 0.8, 0.7)),
+)
+"""The code a group's extreme weight is to have, and how much of its range is kept: codes reach
+further down than up (-8 to 7), so a scale may have either sign."""
+_AFFINE = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
+_QUICK_SYMMETRIC, _QUICK_AFFINE = ((-8, 1.0), (-8, 0.85), (7, 0.92)), (1.0, 0.88)
+_CHUNK = 1 << 18
+"""Weights worked on at once: few enough to stay in a core's cache while scales are tried."""
 
 
 def check_width(name: str, in_features: int, fmt: Format) -> None:
@@ -38,6 +47,7 @@ def round_to_nearest(
     name: str = "weight",
     importance: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float32,
+    quick: bool = False,
 ) -> Quantized:
     """Quantize ``weight [n, K]`` to ``fmt``.
 
@@ -48,6 +58,7 @@ def round_to_nearest(
         importance: ``[K]`` non-negative weights of the squared error; all one if omitted.
         scale_dtype: scales are rounded to it before codes are chosen, for files that keep
             scales at less than float32.
+        quick: try few scales, to compare weights rather than to keep the result.
 
     Raises:
         CheckpointError: the group does not divide ``K``, or a weight is not finite.
@@ -55,20 +66,20 @@ def round_to_nearest(
     check_width(name, weight.shape[1], fmt)
     if not weight.shape[0]:
         raise CheckpointError(f"{name} has no output features; is the checkpoint complete?")
-    step = max(1, _ROWS // weight.shape[1])
-    parts = []
-    for rows in torch.split(weight, step):
-        scales, zeros = fit_scales(
-            rows, fmt, name=name, importance=importance, scale_dtype=scale_dtype
-        )
-        parts.append(encode(rows, scales, zeros, fmt))
-    return Quantized(
-        codes=torch.cat([part.codes for part in parts]),
-        scales=torch.cat([part.scales for part in parts]),
-        zeros=torch.cat([part.zeros for part in parts if part.zeros is not None])
-        if fmt.zero_points
-        else None,
+    scales, zeros = fit_scales(
+        weight, fmt, name=name, importance=importance, scale_dtype=scale_dtype, quick=quick
     )
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    for span in _spans(weight):
+        points = None if zeros is None else zeros[span]
+        codes[span] = encode(weight[span], scales[span], points, fmt).codes
+    return Quantized(codes, scales, None if zeros is None else zeros.to(torch.int8))
+
+
+def _spans(weight: Tensor) -> Iterator[slice]:
+    """Runs of rows that together hold about `_CHUNK` weights."""
+    step = max(1, _CHUNK // weight.shape[1])
+    return (slice(first, first + step) for first in range(0, weight.shape[0], step))
 
 
 def fit_scales(
@@ -78,21 +89,36 @@ def fit_scales(
     name: str = "weight",
     importance: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float32,
+    quick: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales ``[n, groups]`` float32, and zero points likewise where the format has them."""
-    n, k = weight.shape
-    groups = fmt.num_groups(k)
-    w = weight.float().reshape(n, groups, k // groups)
-    low, high = w.amin(-1), w.amax(-1)
-    if not torch.isfinite(low + high).all():
-        raise CheckpointError(f"{name} holds infinite or undefined weights; nothing can scale it.")
-    types = (scale_dtype, fmt.scale_dtype)
-    if fmt.bits == 8:  # noqa: PLR2004
-        return _stored(torch.maximum(-low, high) / 127, types), None
+    """Scales ``[n, groups]`` float32, and zero points likewise where the format has them.
+
+    See `round_to_nearest` for the arguments.
+    """
+    groups = fmt.num_groups(weight.shape[1])
     error = None if importance is None else importance.float().view(1, groups, -1)
-    if fmt.zero_points:
-        return _affine(w, low, high, error, types)
-    return _symmetric(w, low, high, error, types), None
+    types = (scale_dtype, fmt.scale_dtype)
+    scales, zeros = [], []
+    for span in _spans(weight):
+        w = weight[span].float()
+        w = torch.unflatten(w, 1, (groups, -1))  # [n, groups, group]
+        low, high = w.amin(-1), w.amax(-1)
+        if not torch.isfinite(low + high).all():
+            raise CheckpointError(
+                f"{name} holds infinite or undefined weights; nothing can scale it."
+            )
+        if fmt.bits == 8:  # noqa: PLR2004
+            scales.append(_stored(torch.maximum(-low, high) / 127, types))
+        elif fmt.zero_points:
+            tries = _QUICK_AFFINE if quick else _AFFINE
+            found = _affine(w, low, high, error, types=types, tries=tries)
+            scales.append(found[0])
+            zeros.append(found[1])
+        else:
+            far = torch.where(-low > high, low, high)
+            codes = _QUICK_SYMMETRIC if quick else _SYMMETRIC
+            scales.append(_symmetric(w, far, error, types=types, tries=codes))
+    return torch.cat(scales), torch.cat(zeros) if zeros else None
 
 
 def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format) -> Quantized:
@@ -125,38 +151,56 @@ def _stored(scales: Tensor, types: _Types) -> Tensor:
 
 
 def _symmetric(
-    w: Tensor, low: Tensor, high: Tensor, importance: Tensor | None, types: _Types
+    w: Tensor,
+    far: Tensor,
+    importance: Tensor | None,
+    *,
+    types: _Types,
+    tries: Sequence[tuple[int, float]],
 ) -> Tensor:
-    """The best of several scales of either sign: codes reach further down than up (-8 to 7)."""
-    far = torch.where(-low > high, low, high)  # the value furthest from zero, with its sign
+    """The best of several scales; ``far`` is each group's extreme weight, with its sign.
+
+    Last comes the scale that fits the codes of the best one in the least squares sense.
+    """
     best = torch.full_like(far, torch.inf)
     scales = torch.ones_like(far)
-    for clip in _CLIPS:
-        for code in (-8.0, -7.5, 7.0):
+    for code, clip in (*tries, (0, 0.0)):
+        if code:
             tried = _stored(far * (clip / code), types)
-            step = tried.unsqueeze(-1)
-            error = (torch.round(w / step).clamp_(-8, 7).mul_(step) - w).square_()
-            found = (error if importance is None else error * importance).sum(-1)
-            better = found < best
-            best = torch.where(better, found, best)
-            scales = torch.where(better, tried, scales)
+        else:
+            codes = torch.round(w / scales.unsqueeze(-1)).clamp_(-8, 7)
+            weighed = codes if importance is None else codes * importance
+            tried = (w * weighed).sum(-1) / (codes * weighed).sum(-1).clamp_(min=1e-30)
+            tried = _stored(torch.where(tried == 0, scales, tried), types)
+        step = tried.unsqueeze(-1)
+        error = torch.round(w / step).clamp_(-8, 7).mul_(step).sub_(w).square_()
+        found = (error if importance is None else error.mul_(importance)).sum(-1)
+        better = found < best
+        best = torch.where(better, found, best)
+        scales = torch.where(better, tried, scales)
     return scales
 
 
 def _affine(
-    w: Tensor, low: Tensor, high: Tensor, importance: Tensor | None, types: _Types
+    w: Tensor,
+    low: Tensor,
+    high: Tensor,
+    importance: Tensor | None,
+    *,
+    types: _Types,
+    tries: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """The best of several clippings of ``[low, high]``, zero always among the values."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     best = torch.full_like(low, torch.inf)
     scales, zeros = torch.ones_like(low), torch.zeros_like(low)
-    for clip in _CLIPS:
+    for clip in tries:
         tried = _stored((high - low) * (clip / 15), types)
         zero = torch.round(-low * clip / tried).clamp_(0, 15)
         step, offset = tried.unsqueeze(-1), zero.unsqueeze(-1)
-        codes = (torch.round(w / step) + offset).clamp_(0, 15)
-        error = ((codes - offset) * step - w).square_()
-        found = (error if importance is None else error * importance).sum(-1)
+        codes = torch.round(w / step).add_(offset).clamp_(0, 15)
+        error = codes.sub_(offset).mul_(step).sub_(w).square_()
+        found = (error if importance is None else error.mul_(importance)).sum(-1)
         better = found < best
         best = torch.where(better, found, best)
         scales, zeros = torch.where(better, tried, scales), torch.where(better, zero, zeros)
