@@ -43,7 +43,8 @@ class Contender:
 def contenders(groups: list[int], methods: list[Method]) -> Iterator[Contender]:
     """Bfloat16 first: the others are compared with it."""
     yield Contender("bf16")
-    for name in ("int8-weight-only", "int8", "int4-weight-only", "int4"):
+    others = [f"int4-g{group}" for group in groups]
+    for name in ("int8-weight-only", "int8", "int4-weight-only", "int4", *others):
         yield Contender(name, name)
     for method in methods:
         yield Contender(f"int4 {method}", "int4", method)
@@ -61,6 +62,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=None, help="windows of 512 tokens a source")
     parser.add_argument("--groups", type=int, nargs="*", default=[], help="other 4-bit groups")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--only", nargs="*", default=[], help="contenders, by name")
     parser.add_argument("--sequences", type=int, default=64, help="of 512 calibration tokens")
     args = parser.parse_args()
     columns = ["model", "contender", "MB of weights", "bits per byte", "loss %", "made in s"]
@@ -81,6 +83,8 @@ def _compare(report: Report, model: str, most: int, args: argparse.Namespace) ->
     text = calibration(args.data)
     found: dict[str, dict[str, float]] = {}
     for contender in contenders(args.groups, args.methods):
+        if args.only and contender.name not in ("bf16", *args.only):
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             begin = time.perf_counter()
             path = folder
