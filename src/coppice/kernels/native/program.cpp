@@ -37,14 +37,14 @@ void pick(const float* x, const int32_t* wanted, int64_t count, int64_t n, float
 
 constexpr int64_t HEAD_PIECE = 16384;  // output features of the head at a time
 
-// Output features first .. first + count (or fewer, at the end) of a weight; first and count
-// are multiples of a panel.
-Packed features(const Packed& w, int64_t first, int64_t count) {
+// Output features from `first` on, HEAD_PIECE of them where the format's layout is known here.
+Packed head_piece(const Packed& w, int64_t first) {
+  if (w.format != STORE_F32 && w.format != STORE_BF16) return w;
   Packed part = w;
   const int64_t item = w.format == STORE_BF16 ? 2 : 4;
   part.data = static_cast<const char*>(w.data) + first * w.k * item;
   if (w.bias) part.bias = w.bias + first;
-  part.n = std::min(count, w.n - first);
+  part.n = std::min(HEAD_PIECE, w.n - first);
   return part;
 }
 
@@ -189,13 +189,14 @@ void Program::run_greedy(const Step& step, int64_t vocabulary, int32_t* token) {
   const Region region;
   const float* x = hidden(step);
   std::vector<Largest> found(step.num_wanted);
-  for (int64_t first = 0; first < shape_.head.n; first += HEAD_PIECE) {
-    const Packed piece = features(shape_.head, first, HEAD_PIECE);
+  for (int64_t first = 0; first < shape_.head.n;) {
+    const Packed piece = head_piece(shape_.head, first);
     float* logits = logits_.room(step.num_wanted * piece.n);
     linear(piece, x, step.num_wanted, nullptr, logits);
     parallel_rows(step.num_wanted, piece.n, 0, [&](int64_t row, float*) {
       found[row].look(logits + row * piece.n, piece.n, first, vocabulary);
     });
+    first += piece.n;
   }
   for (int64_t i = 0; i < step.num_wanted; ++i) token[i] = found[i].answer();
 }
