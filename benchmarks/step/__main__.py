@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -68,15 +69,16 @@ def clocked(engine: Engine, clock: Clock) -> Iterator[None]:
         (runner._layout, "clear", "layout"),
         (runner._pages, "seal", "pages"),
         (runner._pages, "grow", "pages"),
+        (runner, "_greedy", "model, Python"),
         (runner._model, "forward", "model, Python"),
         (native.Program, "run", "native program"),
+        (native.Program, "run_greedy", "native program"),
         (runner, "_choose", "sampler, Python"),
         (engine, "_accept", "accept and report"),
     ]
     places += [
         (native, name, f"native {name}")
-        for name in ("linear", "norm", "gate", "rope", "attention", "gather", "sample", "forward")
-        if hasattr(native, name)
+        for name in ("linear", "norm", "gate", "rope", "attention", "gather", "sample")
     ]
     before = []
     for owner, name, part in places:
@@ -94,13 +96,25 @@ def clocked(engine: Engine, clock: Clock) -> Iterator[None]:
                 delattr(owner, name)
 
 
-def decode(model: EngineModel, batch: int, steps: int, context: int, clock: Clock | None) -> float:
-    """Median seconds of a step that decodes ``batch`` greedy sequences, after a warm-up."""
+@dataclass(frozen=True)
+class Work:
+    """What is decoded: tokens cached when it begins, steps, and how tokens are chosen."""
+
+    context: int
+    steps: int
+    temperature: float
+
+
+def decode(model: EngineModel, batch: int, work: Work, clock: Clock | None = None) -> float:
+    """Median seconds of a step that decodes ``batch`` sequences, after a warm-up."""
+    steps, context = work.steps, work.context
     engine = Engine(model, EngineConfig(max_sequences=max(batch, 16)))
     length = min(engine.context_length, context + steps + 8)
     for i in range(batch):
         prompt = [(17 * i + 7 * j) % 4000 + 5 for j in range(context)]
-        params = SamplingParams(max_tokens=length - context, temperature=0.0, ignore_eos=True)
+        params = SamplingParams(
+            max_tokens=length - context, temperature=work.temperature, ignore_eos=True, seed=i
+        )
         engine.submit(Request(id=str(i), prompt=prompt, sampling=params))
     while engine._waiting or any(s.num_tokens == context for s in engine._running):
         engine.step()
@@ -127,14 +141,18 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--context", type=int, default=64, help="tokens cached when it begins")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--quantization", default="none", help="round the weights, e.g. int8")
     args = parser.parse_args()
-    model = load_engine_model(EngineConfig(model=args.model, dtype=args.dtype))
+    config = EngineConfig(model=args.model, dtype=args.dtype, quantization=args.quantization)
+    model = load_engine_model(config)
+    work = Work(args.context, args.steps, args.temperature)
     console = Console(width=100)
     for batch in args.batch:
-        plain = [decode(model, batch, args.steps, args.context, None) for _ in range(3)]
+        plain = [decode(model, batch, work) for _ in range(3)]
         median = statistics.median(plain)
         clock = Clock()
-        decode(model, batch, args.steps, args.context, clock)
+        decode(model, batch, work, clock)
         table = Table("part", "us a step", "calls a step", title=f"batch {batch}")
         for part, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
             calls = clock.calls[part] / args.steps
