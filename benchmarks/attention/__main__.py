@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from benchmarks.report import Goal, Report
 from coppice.cache.pool import KVPool
@@ -128,9 +127,7 @@ def measure(ops: Ops, case: Case, heads: Heads, dtype: torch.dtype) -> Iterator[
     pages = rows.page_table.numel()
     one = KVLayout(1, heads.num_kv_heads, heads.head_dim, PAGE, dtype, torch.device("cpu"))
     layers = max(1, min(MAX_LAYERS, -(-CACHES_BYTES // (pages * one.page_bytes))))
-    layout = KVLayout(
-        layers, heads.num_kv_heads, heads.head_dim, PAGE, dtype, torch.device("cpu")
-    )
+    layout = KVLayout(layers, heads.num_kv_heads, heads.head_dim, PAGE, dtype, torch.device("cpu"))
     pool = KVPool(layout, pages)
     fill(ops, pool, heads, rows)
     q = torch.randn(rows.num_rows, heads.num_heads, heads.head_dim)

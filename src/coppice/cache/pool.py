@@ -11,7 +11,7 @@ from coppice.models.kv import KVLayout
 
 
 class KVPool:
-    """K and V of all pages, ``[num_pages, num_kv_heads, page_size, head_dim]`` per layer.
+    """K and V of all pages, a tensor of `KVLayout.shape` each per layer.
 
     Args:
         layout: shapes and dtype.
@@ -19,7 +19,7 @@ class KVPool:
     """
 
     def __init__(self, layout: KVLayout, num_pages: int) -> None:
-        shape = (num_pages, layout.num_kv_heads, layout.page_size, layout.head_dim)
+        shape = layout.shape(num_pages)
         self.layout = layout
         self.num_pages = num_pages
         self.k: list[Tensor] = []

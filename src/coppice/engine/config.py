@@ -65,7 +65,7 @@ class EngineConfig(RoomConfig):
     page_size: int = setting(
         32,
         "Tokens in one KV page; a power of two.",
-        minimum=8,
+        minimum=16,
         maximum=256,
     )
     max_rows: int = setting(

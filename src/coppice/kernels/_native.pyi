@@ -13,7 +13,7 @@ class RowArrays:
 
 class Cache:
     def __init__(self, *addresses_and_shape: int) -> None:
-        """k, v; pages, kv_heads, page_size, head_dim; whether bfloat16."""
+        """k, v; pages, kv_heads, page_size, head_dim; kind of the elements."""
 
 class Layer:
     """The layer of a `Program`: packed weights, addresses of norms and of the rotary table."""

@@ -109,7 +109,7 @@ class Ops(Protocol):
         Args:
             qkv: ``[T, (H + 2K) * D]`` float32, q heads then k heads then v heads.
             rows: the step's rows.
-            k_pages: ``[P, K, page_size, D]``; written in place.
+            k_pages: see `coppice.kernels.pages`; written in place.
             v_pages: likewise.
             cos_sin: ``[max_position, 2, R // 2]`` float32, cosines then sines, for the first
                 ``R <= D`` dims of a head in the half-split (Hugging Face) convention.

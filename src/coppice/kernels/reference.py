@@ -16,6 +16,7 @@ from torch import Tensor
 from coppice.kernels import quantized_reference as quantized
 from coppice.kernels.formats import Format, Quantized, float_format
 from coppice.kernels.interface import Activation, QKNorm
+from coppice.kernels.pages import page_size_of, read_keys, read_values, write_keys, write_values
 from coppice.kernels.program import DecoderProgram
 from coppice.kernels.rows import Rows
 
@@ -145,7 +146,8 @@ class ReferenceOps:
         eps: float = 1e-6,
     ) -> Tensor:
         """See `Ops.rope_append`."""
-        _, kv_heads, page_size, head_dim = k_pages.shape
+        kv_heads = k_pages.shape[1]
+        head_dim = qkv.shape[1] // (num_heads + 2 * kv_heads)
         sizes = [num_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         q, k, v = torch.split(qkv, sizes, -1)
         if qk_norm == "full":
@@ -158,12 +160,11 @@ class ReferenceOps:
             q, k = self.rms_norm(q, q_weight, eps=eps), self.rms_norm(k, k_weight, eps=eps)
         tables = cos_sin[rows.position.long()]  # [T, 2, R // 2]
         q, k = _rotate(q, tables), _rotate(k, tables)
-        slot = rows.slot.long()
+        slot, page_size = rows.slot.long(), page_size_of(k_pages)
         page = rows.page_table[rows.sequence.long(), slot // page_size].long()
-        k_pages[page, :, slot % page_size] = k.to(k_pages.dtype)
-        v_pages[page, :, slot % page_size] = torch.unflatten(v, -1, (kv_heads, head_dim)).to(
-            v_pages.dtype
-        )
+        write_keys(k_pages, page, slot % page_size, k)
+        v = torch.unflatten(v, -1, (kv_heads, head_dim))  # [T, K, D]
+        write_values(v_pages, page, slot % page_size, v)
         return q.contiguous()
 
     def attention(
@@ -180,12 +181,12 @@ class ReferenceOps:
     ) -> Tensor:
         """See `Ops.attention`."""
         out = torch.empty_like(q)
-        page_size = k_pages.shape[2]
+        page_size, head_dim = page_size_of(k_pages), q.shape[2]
         for row, (sequence, slots) in enumerate(visible_slots(rows)):
             slot = torch.tensor(slots[-window:] if window > 0 else slots, device=q.device)
             page = rows.page_table[sequence, slot // page_size].long()
-            k = k_pages[page, :, slot % page_size].float()  # [n, K, D]
-            v = v_pages[page, :, slot % page_size].float()
+            k = read_keys(k_pages, page, slot % page_size, head_dim)  # [n, K, D]
+            v = read_values(v_pages, page, slot % page_size, head_dim)
             out[row] = _attend(q[row] * scale, k, v, softcap, sinks)
         return out.flatten(1)
 

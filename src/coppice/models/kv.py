@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from coppice.kernels.pages import page_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +23,18 @@ class KVLayout:
     dtype: torch.dtype
     device: torch.device
 
+    def shape(self, num_pages: int) -> tuple[int, ...]:
+        """Shape of one layer's K pages, and of its V pages (see `coppice.kernels.pages`)."""
+        return page_shape(num_pages, self.num_kv_heads, self.page_size, self.head_dim)
+
     @property
     def page_bytes(self) -> int:
         """Bytes one page takes over all layers, K and V."""
-        per_layer = 2 * self.num_kv_heads * self.page_size * self.head_dim
-        return per_layer * self.num_layers * self.dtype.itemsize
+        return 2 * self.num_layers * math.prod(self.shape(1)) * self.dtype.itemsize
 
 
 class KVPages(Protocol):
-    """Per layer, the K and V pages ``[num_pages, num_kv_heads, page_size, head_dim]``."""
+    """Per layer, the K and V pages, each of `KVLayout.shape`."""
 
     k: list[Tensor]
     v: list[Tensor]

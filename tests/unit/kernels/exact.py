@@ -1,6 +1,7 @@
 """The operators in float64, written from their definitions, one element at a time."""
 
 import math
+from functools import cache
 
 import torch
 
@@ -37,19 +38,39 @@ def visible(rows, row):
     return list(range(int(rows.prefix_len[rows.sequence[row]]))) + chain[::-1]
 
 
+def column(dtype, lane):
+    """Where in a line of sixteen a lane lies: bfloat16 lines are two halves interleaved."""
+    return [*range(0, 16, 2), *range(1, 16, 2)][lane] if dtype == torch.bfloat16 else lane
+
+
+def key(pages, page, head, offset, head_dim):
+    """One key of K pages, as docs/internals/kernels.md says it lies; float64 ``[D]``."""
+    lane = column(pages.dtype, offset % 16)
+    return pages[page, head, offset // 16, :head_dim, lane].double()
+
+
+def value(pages, page, head, offset, head_dim):
+    """One value of V pages."""
+    group = pages[page, head, offset // 16].reshape(-1, 16, 16)  # panel of dims, key, column
+    lanes = [column(pages.dtype, i) for i in range(16)]
+    return group[:, offset % 16, lanes].flatten()[:head_dim].double()
+
+
 def attention(q, rows, k_pages, v_pages, *, scale, window=0, softcap=0.0, sinks=None):
     """Every row and head on its own, in float64."""
-    _, num_heads, _ = q.shape
+    _, num_heads, head_dim = q.shape
     group = num_heads // k_pages.shape[1]
-    page_size = k_pages.shape[2]
+    page_size = k_pages.shape[2] * 16
+    read = cache(lambda of, *place: of(k_pages if of is key else v_pages, *place, head_dim))
     out = torch.zeros(q.shape, dtype=torch.float64)
     for row in range(q.shape[0]):
         slots = visible(rows, row)
-        slots = torch.tensor(slots[-window:] if window else slots)
-        page = rows.page_table[rows.sequence[row]][slots // page_size].long()
+        slots = slots[-window:] if window else slots
+        table = rows.page_table[rows.sequence[row]].tolist()
+        places = [(table[slot // page_size], slot % page_size) for slot in slots]
         for head in range(num_heads):
-            k = k_pages[page, head // group, slots % page_size].double()
-            v = v_pages[page, head // group, slots % page_size].double()
+            k = torch.stack([read(key, page, head // group, at) for page, at in places])
+            v = torch.stack([read(value, page, head // group, at) for page, at in places])
             logits = (k @ q[row, head].double()) * scale
             if softcap:
                 logits = softcap * torch.tanh(logits / softcap)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from coppice import kernels
+from coppice.kernels.pages import page_shape, page_size_of, write_keys, write_values
 from coppice.kernels.rows import Rows
+from tests.unit.kernels import exact
 from tests.unit.kernels.exact import attention, rms_norm, rotate
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -12,17 +14,16 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def pages(num, kv_heads, page_size, head_dim, dtype=torch.float32):
     """K and V pages full of NaN: whatever is not written must not be read."""
-    shape = (num, kv_heads, page_size, head_dim)
+    shape = page_shape(num, kv_heads, page_size, head_dim)
     return torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype)
 
 
-def fill(k, v, rows, length, sequence=0):
+def fill(k, v, rows, length, head_dim, sequence=0):
     """Random keys and values in the first ``length`` slots of a sequence."""
-    slot = torch.arange(length)
-    page = rows.page_table[sequence][slot // k.shape[2]].long()
-    for cache in (k, v):
-        shape = (length, cache.shape[1], cache.shape[3])
-        cache[page, :, slot % k.shape[2]] = torch.randn(shape).to(cache.dtype)
+    slot, page_size = torch.arange(length), page_size_of(k)
+    page = rows.page_table[sequence][slot // page_size].long()
+    for cache, write in ((k, write_keys), (v, write_values)):
+        write(cache, page, slot % page_size, torch.randn(length, cache.shape[1], head_dim))
 
 
 def page_ids(length, page_size, total=64):
@@ -57,7 +58,7 @@ def check(ops, rows, length, shape, dtype=torch.float32, q_scale=1.0, **options)
     """One attention call against float64; returns its result."""
     heads, kv_heads, page_size, head_dim = shape
     k, v = pages(64, kv_heads, page_size, head_dim, dtype)
-    fill(k, v, rows, length)
+    fill(k, v, rows, length, head_dim)
     q = torch.randn(rows.num_rows, heads, head_dim) * q_scale
     options = {"scale": head_dim**-0.5, **options}
     got = ops.attention(q, rows, k, v, **options)
@@ -78,17 +79,17 @@ def test_head_dims(native, head_dim, dtype):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 2), (8, 1), (14, 2), (9, 3), (130, 1)])
 def test_group_ratios(native, heads, kv_heads):
-    rows = chunk(5, 14, page_ids(19, 8))
-    check(native, rows, 19, (heads, kv_heads, 8, 16))
+    rows = chunk(5, 14, page_ids(19, 16))
+    check(native, rows, 19, (heads, kv_heads, 16, 16))
 
 
-@pytest.mark.parametrize("page_size", [1, 5, 16, 64, 100])
+@pytest.mark.parametrize("page_size", [16, 32, 48, 64, 112])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 129])
 def test_lengths_around_page_and_block_boundaries(native, length, page_size):
     table = page_ids(length, page_size, 160)
     k, v = pages(160, 2, page_size, 16)
     rows = chunk(1, length - 1, table)
-    fill(k, v, rows, length)
+    fill(k, v, rows, length, 16)
     q = torch.randn(1, 4, 16)
     got = native.attention(q, rows, k, v, scale=0.25)
     want = attention(q, rows, k, v, scale=0.25)
@@ -141,7 +142,7 @@ def test_tree_path_equals_the_same_tokens_in_a_row(native):
     table = page_ids(120, 16)
     k, v = pages(64, 2, 16, 32)
     rows = tree(prefix, parents, table)
-    fill(k, v, rows, prefix)
+    fill(k, v, rows, prefix, 32)
     qkv = torch.randn(len(parents), 8 * 32)
     cos_sin = torch.randn(200, 2, 16)
     q = native.rope_append(qkv, rows, k, v, cos_sin, num_heads=4)
@@ -182,7 +183,7 @@ def test_row_is_the_same_however_chunked(native, dtype, window, head_dim):
 def test_neighbours_and_threads_do_not_change_a_row(native):
     lengths = [70, 1, 17, 130]
     tables = torch.arange(4 * 9, dtype=torch.int32).view(4, 9)
-    k, v = torch.randn(36, 2, 16, 32), torch.randn(36, 2, 16, 32)
+    k, v = torch.randn(page_shape(36, 2, 16, 32)), torch.randn(page_shape(36, 2, 16, 32))
     i32 = torch.int32
 
     def batch(which):
@@ -218,9 +219,9 @@ def test_neighbours_and_threads_do_not_change_a_row(native):
 def test_rope_append(any_ops, qk_norm, rotary, dtype):
     torch.manual_seed(rotary)
     heads, kv_heads, head_dim, count, start = 6, 2, 40, 21, 5
-    table = page_ids(count + start, 8)
+    table = page_ids(count + start, 16)
     rows = chunk(count, start, table)
-    k, v = pages(64, kv_heads, 8, head_dim, dtype)
+    k, v = pages(64, kv_heads, 16, head_dim, dtype)
     qkv = torch.randn(count, (heads + 2 * kv_heads) * head_dim)
     cos_sin = torch.randn(32, 2, rotary // 2)
     full = qk_norm == "full"
@@ -246,18 +247,22 @@ def test_rope_append(any_ops, qk_norm, rotary, dtype):
     )
     for i in range(count):
         cos, sin = cos_sin[start + i].double()
-        page, offset = table[(start + i) // 8], (start + i) % 8
+        page, offset = table[(start + i) // 16], (start + i) % 16
+        keys = torch.stack([exact.key(k, page, head, offset, head_dim) for head in range(kv_heads)])
+        values = torch.stack(
+            [exact.value(v, page, head, offset, head_dim) for head in range(kv_heads)]
+        )
         torch.testing.assert_close(got[i].double(), rotate(q[i], cos, sin), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(k[page, :, offset].double(), rotate(key[i], cos, sin), **rough)
+        torch.testing.assert_close(keys, rotate(key[i], cos, sin), **rough)
         stored = value[i].view(kv_heads, head_dim).to(dtype)
-        assert torch.equal(v[page, :, offset], stored)
+        assert torch.equal(values, stored.double())
     assert k.isnan().sum() == k.numel() - count * kv_heads * head_dim
 
 
 def test_rows_outside_their_pages_are_refused(native):
-    k, v = pages(4, 1, 8, 16)
-    q, cos_sin = torch.zeros(1, 2, 16), torch.zeros(8, 2, 8)
-    beyond = chunk(1, 8, [0])
+    k, v = pages(4, 1, 16, 16)
+    q, cos_sin = torch.zeros(1, 2, 16), torch.zeros(16, 2, 8)
+    beyond = chunk(1, 16, [0])
     with pytest.raises(IndexError, match="slot"):
         native.attention(q, beyond, k, v, scale=1.0)
     with pytest.raises(IndexError, match="slot"):
@@ -266,13 +271,13 @@ def test_rows_outside_their_pages_are_refused(native):
         with pytest.raises(IndexError, match="page"):
             native.attention(q, chunk(1, 3, [page]), k, v, scale=1.0)
     with pytest.raises(IndexError, match="rotary table"):
-        native.rope_append(torch.zeros(1, 64), chunk(1, 9, [0, 1]), k, v, cos_sin, num_heads=2)
+        native.rope_append(torch.zeros(1, 64), chunk(1, 17, [0, 1]), k, v, cos_sin, num_heads=2)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"softcap": 5.0}])
 def test_reference_matches_float64(options):
     ops = kernels.get_ops(prefer="reference")
-    rows = chunk(12, 30, page_ids(42, 8))
-    check(ops, rows, 42, (4, 2, 8, 24), **options)
-    rows = tree(20, PARENTS["binary"], page_ids(27, 8))
-    check(ops, rows, 27, (4, 2, 8, 24), **options)
+    rows = chunk(12, 30, page_ids(42, 16))
+    check(ops, rows, 42, (4, 2, 16, 24), **options)
+    rows = tree(20, PARENTS["binary"], page_ids(27, 16))
+    check(ops, rows, 27, (4, 2, 16, 24), **options)

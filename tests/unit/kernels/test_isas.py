@@ -5,6 +5,7 @@ import torch
 
 from coppice import kernels
 from coppice.errors import ConfigError
+from coppice.kernels.pages import page_shape
 from coppice.kernels.rows import Rows
 
 FUSED = [name for name in kernels.available_isas() if name != "portable"]
@@ -19,7 +20,7 @@ def forward(ops):
         packed = ops.pack_linear(torch.randn(530, 300, generator=generator).to(dtype))
         results += [ops.linear(x[:n], packed) for n in (1, 2, 3, 7, 12, 13, 25, 70)]
         table = list(range(5))
-        pages = torch.zeros(2, 5, 2, 16, 40, dtype=dtype)
+        pages = torch.zeros(2, *page_shape(5, 2, 16, 40), dtype=dtype)
         rows = Rows.chunk([0] * 70, table)
         cos_sin = torch.randn(80, 2, 20, generator=generator)
         qkv = torch.randn(70, 8 * 40, generator=generator) * 3

@@ -7,15 +7,13 @@
 // see gets weight exactly 0. Method: Dao et al., FlashAttention (NeurIPS 2022).
 #pragma once
 
-#include "kernels.h"
-#include "linear.h"
+#include "attention_tiles.h"
 #include "math.h"
 
 namespace coppice {
 namespace COPPICE_ISA {
 
 constexpr float NEVER = -__builtin_inff();
-constexpr int64_t SUBS = KEY_BLOCK / 16;
 
 // One task's state; all pointers lie in the thread's scratch.
 struct Work {
@@ -25,18 +23,13 @@ struct Work {
   float* out;                  // [queries][padded], weighted values so far
   float* top;                  // [queries], largest logit so far
   float* mass;                 // [queries][16], sum of weights, by lane
-  float* keys;                 // [4][d][16]: a panel per 16 keys
-  float* values;               // [padded / 16][64][16]: a panel per 16 dims
-  int32_t* slots;              // a tree row's slots from its first own block on
+  float* own;                  // groups of a tree row's own keys or values, side by side
 };
-
-COPPICE_INLINE int64_t padded_dim(int64_t d) { return (d + 15) / 16 * 16; }
 
 static int64_t attention_bytes(const AttentionArgs& a) {
   const int64_t d = a.cache.head_dim, p = padded_dim(d);
   const int64_t per_query = d + KEY_BLOCK + p + 1 + 16;
-  const int64_t floats = TILE_QUERIES * per_query + KEY_BLOCK * (d + p);
-  return 4 * (floats + a.in.rows + KEY_BLOCK + 64);
+  return 4 * (TILE_QUERIES * per_query + KEY_BLOCK * p + 64);
 }
 
 static Work lay_out(const AttentionArgs& a, int64_t queries, float* scratch) {
@@ -44,122 +37,13 @@ static Work lay_out(const AttentionArgs& a, int64_t queries, float* scratch) {
   w.queries = queries;
   w.d = a.cache.head_dim;
   w.padded = padded_dim(w.d);
-  w.keys = scratch;
-  w.values = w.keys + KEY_BLOCK * w.d;
-  w.scores = w.values + KEY_BLOCK * w.padded;
+  w.own = scratch;
+  w.scores = w.own + KEY_BLOCK * w.padded;
   w.mass = w.scores + TILE_QUERIES * KEY_BLOCK;
   w.out = w.mass + TILE_QUERIES * 16;
   w.q = w.out + TILE_QUERIES * w.padded;
   w.top = w.q + TILE_QUERIES * w.d;
-  w.slots = reinterpret_cast<int32_t*>(w.top + TILE_QUERIES);
   return w;
-}
-
-typedef float f4 __attribute__((vector_size(16)));
-typedef int32_t i4 __attribute__((vector_size(16)));
-typedef uint16_t s8 __attribute__((vector_size(16)));
-typedef uint32_t u8 __attribute__((vector_size(32)));
-
-// Dims j .. j + STEP of keys i .. i + STEP, turned to rows of keys in the panel.
-constexpr int64_t step_of(const float*) { return 4; }
-constexpr int64_t step_of(const bf16*) { return 8; }
-
-COPPICE_INLINE void turn(const float* const* key, int64_t j, float* to) {
-  f4 k[4];
-  for (int i = 0; i < 4; ++i) memcpy(&k[i], key[i] + j, 16);
-  const i4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, left = {0, 1, 4, 5}, right = {2, 3, 6, 7};
-  const f4 ab0 = __builtin_shuffle(k[0], k[1], low), ab1 = __builtin_shuffle(k[0], k[1], high);
-  const f4 cd0 = __builtin_shuffle(k[2], k[3], low), cd1 = __builtin_shuffle(k[2], k[3], high);
-  const f4 rows[4] = {__builtin_shuffle(ab0, cd0, left), __builtin_shuffle(ab0, cd0, right),
-                      __builtin_shuffle(ab1, cd1, left), __builtin_shuffle(ab1, cd1, right)};
-  for (int i = 0; i < 4; ++i) memcpy(to + 16 * i, &rows[i], 16);
-}
-
-// Three rounds of interleaving: single values, then pairs, then fours.
-COPPICE_INLINE void turn(const bf16* const* key, int64_t j, float* to) {
-  const s8 low1 = {0, 8, 1, 9, 2, 10, 3, 11}, high1 = {4, 12, 5, 13, 6, 14, 7, 15};
-  const s8 low2 = {0, 1, 8, 9, 2, 3, 10, 11}, high2 = {4, 5, 12, 13, 6, 7, 14, 15};
-  const s8 low4 = {0, 1, 2, 3, 8, 9, 10, 11}, high4 = {4, 5, 6, 7, 12, 13, 14, 15};
-  s8 a[8], b[8];
-  for (int i = 0; i < 8; ++i) memcpy(&a[i], key[i] + j, 16);
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = __builtin_shuffle(a[i], a[i + 1], low1);       // dims 0-3 of two keys
-    b[i + 1] = __builtin_shuffle(a[i], a[i + 1], high1);  // dims 4-7
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int h = 0; h < 2; ++h) {
-      a[i + 2 * h] = __builtin_shuffle(b[i + h], b[i + h + 2], low2);  // two dims of four keys
-      a[i + 2 * h + 1] = __builtin_shuffle(b[i + h], b[i + h + 2], high2);
-    }
-  for (int i = 0; i < 4; ++i) {
-    b[2 * i] = __builtin_shuffle(a[i], a[i + 4], low4);
-    b[2 * i + 1] = __builtin_shuffle(a[i], a[i + 4], high4);
-  }
-  for (int i = 0; i < 8; ++i) {
-    const u8 row = __builtin_convertvector(b[i], u8) << 16;
-    memcpy(to + 16 * i, &row, 32);
-  }
-}
-
-// Sixteen keys as a panel [d][16].
-template <class T>
-COPPICE_INLINE void key_panel(const T* const* key, int64_t d, float* panel) {
-  constexpr int64_t STEP = step_of(static_cast<const T*>(nullptr));
-  int64_t j = 0;
-  for (; j + STEP <= d; j += STEP)
-    for (int64_t i = 0; i < 16; i += STEP) turn(key + i, j, panel + 16 * j + i);
-  for (; j < d; ++j)
-    for (int i = 0; i < 16; ++i) panel[16 * j + i] = to_float(key[i][j]);
-}
-
-// Keys and values `begin .. begin + count` (at most a block) of one KV head to panels; what
-// fills up the last sixteen is zero, so that stale memory cannot reach a sum.
-template <class T>
-static void load_block(const AttentionArgs& a, const Work& w, int32_t sequence, int64_t head,
-                       int64_t begin, int64_t count, const int32_t* slots) {
-  const Cache& c = a.cache;
-  const int32_t* table = a.in.page_table + sequence * a.in.max_pages;
-  const T* key[KEY_BLOCK];
-  int64_t at[KEY_BLOCK];
-  int64_t page = begin / c.page_size, offset = begin % c.page_size;
-  for (int64_t i = 0; i < count; ++i) {
-    if (slots) page = slots[i] / c.page_size, offset = slots[i] % c.page_size;
-    at[i] = ((table[page] * c.kv_heads + head) * c.page_size + offset) * c.head_dim;
-    key[i] = static_cast<const T*>(c.k) + at[i];
-    if (++offset == c.page_size) offset = 0, ++page;
-  }
-  const int64_t whole = (count + 15) / 16 * 16;
-  for (int64_t i = count; i < whole; ++i) key[i] = key[0];
-  for (int64_t i = 0; i < whole; i += 16) key_panel(key + i, w.d, w.keys + i * w.d);
-  for (int64_t i = 0; i < count; ++i) {
-    const T* value = static_cast<const T*>(c.v) + at[i];
-    float* to = w.values + 16 * i;
-    int64_t j = 0;
-    for (; j + 16 <= w.d; j += 16) store16(to + j * KEY_BLOCK, load16(value + j));
-    if (j < w.d) store16(to + j * KEY_BLOCK, load_part(value + j, w.d - j));
-  }
-  for (int64_t i = count; i < whole; ++i)
-    for (int64_t j = 0; j < w.padded; j += 16)
-      store16(w.values + j * KEY_BLOCK + 16 * i, splat(0.0f));
-}
-
-// Query vectors times panels side by side. One or a few vectors alone would wait for each
-// multiply-add to finish before the next, so they take several panels at once.
-COPPICE_INLINE void multiply_panels(int64_t rows, const float* x, int64_t x_stride,
-                                    const float* w, int64_t panel_stride, int64_t panels,
-                                    int64_t k, float* out, int64_t out_stride, bool resume) {
-  int64_t p = 0;
-  if (rows == 1)
-    for (; p + 4 <= panels; p += 4)
-      multiply_tile<1, 4, float>(x, x_stride, w + p * panel_stride, panel_stride, k,
-                                 out + 16 * p, out_stride, resume);
-  if (rows <= 3)
-    for (; p + 2 <= panels; p += 2)
-      multiply_rows<2, float, 3>(rows, x, x_stride, w + p * panel_stride, panel_stride, k,
-                                 out + 16 * p, out_stride, resume);
-  for (; p < panels; ++p)
-    multiply_all<1, float>(rows, x, x_stride, w + p * panel_stride, 0, k, out + 16 * p,
-                           out_stride, resume);
 }
 
 // Logits to weights for one query vector; `last` is the row's own logical index.
@@ -204,42 +88,88 @@ COPPICE_INLINE void weigh(const AttentionArgs& a, const Work& w, int64_t query, 
   store16(mass, total);
 }
 
-// All query vectors `from .. from + count` over keys `begin .. end` of one block; a row has
-// `heads` query vectors and row i's own logical index is index[i].
+// What one call of attend_block works on: a tile's rows and one KV head.
+struct Span {
+  const Tile& tile;
+  int64_t head, heads;  // KV head; query vectors of a row
+  int64_t common;       // keys before it lie in the same place for all rows of the tile
+};
+
+// Where the groups of keys begin .. end of a sequence lie, as K or as V.
 template <class T>
-static void attend_block(const AttentionArgs& a, const Work& w, int32_t sequence, int64_t head,
-                         int64_t begin, int64_t end, const int32_t* slots, int64_t from,
-                         int64_t count, int64_t heads, const int32_t* index) {
-  load_block<T>(a, w, sequence, head, begin, end - begin, slots);
-  const int64_t subs = (end - begin + 15) / 16;
-  float* scores = w.scores + from * KEY_BLOCK;
-  multiply_panels(count, w.q + from * w.d, w.d, w.keys, 16 * w.d, subs, w.d, scores, KEY_BLOCK,
-                  false);
-  for (int64_t i = 0; i < count; ++i) weigh(a, w, from + i, begin, subs, index[i / heads]);
-  multiply_panels(count, scores, KEY_BLOCK, w.values, 16 * KEY_BLOCK, w.padded / 16, 16 * subs,
-                  w.out + from * w.padded, w.padded, true);
+COPPICE_INLINE void locate(const AttentionArgs& a, const Span& span, void* pages, int64_t begin,
+                           int64_t end, const T** at) {
+  const int32_t* table = a.in.page_table + a.in.sequence[span.tile.first] * a.in.max_pages;
+  const int64_t size = a.cache.page_size;
+  for (int64_t key = begin, s = 0; key < end; key += GROUP, ++s)
+    at[s] = group_at<T>(a.cache, pages, table[key / size], span.head, key % size);
 }
 
-// A tree row's own part: keys from the block its prefix ends in, through its slot list.
-template <class T>
-static void attend_branch(const AttentionArgs& a, const Work& w, int64_t row, int64_t head,
-                          int64_t shared, int64_t from, int64_t heads) {
-  const int32_t last = a.index[row], sequence = a.in.sequence[row];
+// Slots of a tree row's keys begin .. end, its ancestors' and (before them) the prefix's.
+COPPICE_INLINE void find_slots(const AttentionArgs& a, int64_t row, int64_t begin, int64_t end,
+                               int32_t* slots) {
   int32_t ancestor = (int32_t)row;
-  for (int64_t j = last; j >= shared; --j) {
-    if (ancestor < 0) {
-      w.slots[j - shared] = (int32_t)j;
-    } else {
-      w.slots[j - shared] = a.in.slot[ancestor];
-      ancestor = a.in.parent[ancestor];
-    }
+  for (int64_t key = a.index[row]; key >= begin; --key) {
+    if (key < end) slots[key - begin] = ancestor < 0 ? (int32_t)key : a.in.slot[ancestor];
+    if (ancestor >= 0) ancestor = a.in.parent[ancestor];
   }
-  const int64_t first = a.window > 0 ? max64(0, last - a.window + 1) : 0;
-  for (int64_t begin = max64(shared, first / KEY_BLOCK * KEY_BLOCK); begin <= last;
-       begin += KEY_BLOCK) {
-    const int64_t end = min64(begin + KEY_BLOCK, last + 1);
-    attend_block<T>(a, w, sequence, head, begin, end, w.slots + (begin - shared), from, heads,
-                    heads, &last);
+}
+
+// Keys begin .. end as one row sees them, copied side by side.
+template <class T, class Copy>
+COPPICE_INLINE Groups<T> collect(const AttentionArgs& a, const Work& w, const Span& span,
+                                 int64_t row, void* pages, int64_t begin, int64_t end,
+                                 const Copy& copy) {
+  int32_t slots[KEY_BLOCK];
+  find_slots(a, row, begin, end, slots);
+  const int32_t* table = a.in.page_table + a.in.sequence[row] * a.in.max_pages;
+  const int64_t size = a.cache.page_size, step = group_size(a.cache);
+  T* own = reinterpret_cast<T*>(w.own);
+  for (int64_t i = 0; i < end - begin; ++i) {
+    const int64_t offset = slots[i] % size;
+    copy(group_at<T>(a.cache, pages, table[slots[i] / size], span.head, offset), offset % GROUP,
+         own + i / GROUP * step, i % GROUP, w.d);
+  }
+  Groups<T> found;
+  for (int64_t s = 0; s < SUBS; ++s) found.at[s] = found.ahead[s] = own + s * step;
+  return found;
+}
+
+// All rows of a tile over one block of keys; what lies beyond `common` (of a token tree) is
+// each row's own.
+template <class T>
+static void attend_block(const AttentionArgs& a, const Work& w, const Span& span, int64_t begin) {
+  const Cache& c = a.cache;
+  const int64_t end = begin + KEY_BLOCK, heads = span.heads, d = w.d;
+  const int64_t shared = max64(0, min64(end, span.common) - begin);
+  const int64_t next = min64(end + KEY_BLOCK, span.common);
+  const int32_t* index = a.index + span.tile.first;
+  Groups<T> keys{}, values{};
+  locate(a, span, c.k, begin, begin + shared, keys.at);
+  locate(a, span, c.v, begin, begin + shared, values.at);
+  for (int64_t s = 0; s < SUBS; ++s) keys.ahead[s] = values.at[s], values.ahead[s] = values.at[s];
+  locate(a, span, c.k, end, next, values.ahead);
+
+  score(w.queries, w.q, d, keys, shared, w.scores);
+  const int64_t from = begin + shared;  // of a row's own keys: on a group's edge
+  for (int64_t i = 0; i < span.tile.count && from < end && !span.tile.chain; ++i) {
+    const int64_t to = min64(end, index[i] + 1), row = span.tile.first + i;
+    if (to <= from) continue;
+    const auto own = collect<T>(a, w, span, row, c.k, from, to, copy_key<T>);
+    score(heads, w.q + i * heads * d, d, own, to - from, w.scores + i * heads * KEY_BLOCK + shared);
+  }
+  for (int64_t i = 0; i < w.queries; ++i) {
+    const int64_t last = index[i / heads];
+    const int64_t seen = span.tile.chain ? shared : min64(KEY_BLOCK, last + 1 - begin);
+    weigh(a, w, i, begin, (seen + 15) / 16, last);
+  }
+  add_values(w.queries, w.scores, values, shared, w.padded, w.out);
+  for (int64_t i = 0; i < span.tile.count && from < end && !span.tile.chain; ++i) {
+    const int64_t to = min64(end, index[i] + 1), row = span.tile.first + i;
+    if (to <= from) continue;
+    const auto own = collect<T>(a, w, span, row, c.v, from, to, copy_value<T>);
+    add_values(heads, w.scores + i * heads * KEY_BLOCK + shared, own, to - from, w.padded,
+               w.out + i * heads * w.padded);
   }
 }
 
@@ -284,13 +214,10 @@ static void attend_tile(const AttentionArgs& a, const Tile& tile, int64_t head, 
     nearest = min64(nearest, index[i]);
     furthest = max64(furthest, index[i]);
   }
-  const int64_t common = tile.chain ? furthest + 1 : tile.shared / KEY_BLOCK * KEY_BLOCK;
+  const Span span{tile, head, heads, tile.chain ? furthest + 1 : tile.shared / GROUP * GROUP};
   const int64_t start = a.window > 0 ? max64(0, nearest - a.window + 1) : 0;
-  for (int64_t begin = start / KEY_BLOCK * KEY_BLOCK; begin < common; begin += KEY_BLOCK)
-    attend_block<T>(a, w, a.in.sequence[tile.first], head, begin,
-                    min64(begin + KEY_BLOCK, common), nullptr, 0, w.queries, heads, index);
-  for (int64_t i = 0; i < tile.count && !tile.chain; ++i)
-    attend_branch<T>(a, w, tile.first + i, head, common, i * heads, heads);
+  for (int64_t begin = start / KEY_BLOCK * KEY_BLOCK; begin <= furthest; begin += KEY_BLOCK)
+    attend_block<T>(a, w, span, begin);
   for (int64_t i = 0; i < w.queries; ++i) {
     const int64_t row = tile.first + i / heads, h = first_head + i % heads;
     finish_query(a, w, i, h, a.out + (row * a.heads + h) * d);
@@ -303,7 +230,7 @@ static void attention(const AttentionArgs& a, int64_t task, float* scratch) {
   const int64_t split = task % splits, head = task / splits % a.cache.kv_heads;
   // Later tiles see more keys: they go first, so that the threads end together.
   const Tile& tile = a.tiles[a.num_tiles - 1 - task / splits / a.cache.kv_heads];
-  if (a.cache.is_bf16) return attend_tile<bf16>(a, tile, head, split, scratch);
+  if (a.cache.kind == KV_BF16) return attend_tile<bf16>(a, tile, head, split, scratch);
   attend_tile<float>(a, tile, head, split, scratch);
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coppice.kernels import _native
 from coppice.kernels.native.ops import NativeOps
+from coppice.kernels.pages import page_shape
 from coppice.kernels.rows import Rows
 
 TOLERANCE = 1e-3
@@ -63,7 +64,8 @@ def _answers() -> list[Tensor]:
             found.append(ops.linear(random(num_rows, 64), packed))
         heads, kv_heads, dim, num_rows, page = 4, 2, 32, 70, 16
         rows = Rows.chunk([1] * num_rows, [2, 0, 4, 1, 3])
-        k, v = (torch.zeros(5, kv_heads, page, dim, dtype=dtype) for _ in range(2))
+        shape = page_shape(5, kv_heads, page, dim)
+        k, v = (torch.zeros(shape, dtype=dtype) for _ in range(2))
         angles = random(num_rows, dim // 2)
         table = torch.stack([angles.cos(), angles.sin()], dim=1).contiguous()
         qkv = random(num_rows, (heads + 2 * kv_heads) * dim)

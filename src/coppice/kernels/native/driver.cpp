@@ -112,7 +112,9 @@ void gate(const GateArgs& a) {
 void rope(const RopeArgs& a) {
   const Table& t = *chosen.load();
   const int64_t width = (a.heads + 2 * a.cache.kv_heads) * a.cache.head_dim;
-  parallel_rows(a.in.rows, width, a.cache.kv_heads * a.cache.head_dim * 4,
+  // A row's keys before they are written, and one head of them in the pages' type.
+  const int64_t scratch_bytes = ((a.cache.kv_heads + 1) * a.cache.head_dim + 16) * 4;
+  parallel_rows(a.in.rows, width, scratch_bytes,
                 [&](int64_t row, float* scratch) { t.rope(a, row, scratch); });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "kv.h"
 #include "math.h"
 
 namespace coppice {
@@ -95,19 +96,6 @@ COPPICE_INLINE void prepare(const RopeArgs& a, const float* x, const float* weig
   for (int64_t h = 0; h < heads; ++h) rotate(out + h * d, table, table + a.half, a.half);
 }
 
-COPPICE_INLINE void write_slot(const Cache& c, void* pages, int64_t page, int64_t offset,
-                               const float* x) {
-  for (int64_t h = 0; h < c.kv_heads; ++h, x += c.head_dim) {
-    const int64_t at = ((page * c.kv_heads + h) * c.page_size + offset) * c.head_dim;
-    if (c.is_bf16) {
-      bf16* to = static_cast<bf16*>(pages) + at;
-      for (int64_t j = 0; j < c.head_dim; ++j) to[j] = to_bf16(x[j]);
-    } else {
-      memcpy(static_cast<float*>(pages) + at, x, c.head_dim * sizeof(float));
-    }
-  }
-}
-
 static void rope(const RopeArgs& a, int64_t row, float* scratch) {
   const int64_t d = a.cache.head_dim, kv = a.cache.kv_heads;
   const float* q = a.qkv + row * (a.heads + 2 * kv) * d;
@@ -118,8 +106,9 @@ static void rope(const RopeArgs& a, int64_t row, float* scratch) {
   const int64_t page =
       a.in.page_table[a.in.sequence[row] * a.in.max_pages + slot / a.cache.page_size];
   const int64_t offset = slot % a.cache.page_size;
-  write_slot(a.cache, a.cache.k, page, offset, scratch);
-  write_slot(a.cache, a.cache.v, page, offset, k + kv * d);
+  float* room = scratch + kv * d;
+  if (a.cache.kind == KV_BF16) return append<bf16>(a.cache, page, offset, scratch, k + kv * d, room);
+  append<float>(a.cache, page, offset, scratch, k + kv * d, room);
 }
 
 }  // namespace COPPICE_ISA

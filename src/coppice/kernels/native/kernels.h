@@ -53,10 +53,13 @@ struct GateArgs {
   int kind;  // 0 silu, 1 gelu_tanh, 2 gelu
 };
 
+enum KvKind : int { KV_F32 = 0, KV_BF16 = 1 };  // `tensors.py` has the same numbers
+
+// One layer's KV pages, [pages, kv_heads] of groups of sixteen keys (kv.h).
 struct Cache {
-  void *k, *v;  // [pages, kv_heads, page_size, head_dim]
+  void *k, *v;
   int64_t pages, kv_heads, page_size, head_dim;
-  bool is_bf16;
+  int kind;  // a KvKind
 };
 
 struct RowArrays {

@@ -98,9 +98,9 @@ void bind_attention(nb::module_& m) {
       });
   nb::class_<coppice::Cache>(m, "Cache", "Addresses and shape of one layer's KV pages.")
       .def("__init__", [](coppice::Cache* self, Address k, Address v, int64_t pages,
-                          int64_t kv_heads, int64_t page_size, int64_t head_dim, bool is_bf16) {
-        new (self) coppice::Cache{at<void>(k), at<void>(v), pages,  kv_heads,
-                                  page_size,   head_dim,    is_bf16};
+                          int64_t kv_heads, int64_t page_size, int64_t head_dim, int kind) {
+        new (self) coppice::Cache{at<void>(k), at<void>(v), pages, kv_heads,
+                                  page_size,   head_dim,    kind};
       });
   m.def(
       "rope",

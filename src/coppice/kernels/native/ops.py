@@ -179,8 +179,8 @@ class NativeOps:
         eps: float = 1e-6,
     ) -> Tensor:
         """See `Ops.rope_append`."""
-        num_kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
-        num_rows = rows.num_rows
+        num_rows, num_kv_heads = rows.num_rows, k_pages.shape[1]
+        head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
         qkv = ready(qkv, num_rows * (num_heads + 2 * num_kv_heads) * head_dim)
         cos_sin = ready(cos_sin)
         if qk_norm != "none":
@@ -199,7 +199,7 @@ class NativeOps:
             0 if q_weight is None else q_weight.data_ptr(),
             0 if k_weight is None else k_weight.data_ptr(),
             q.data_ptr(),
-            cache_of(k_pages, v_pages),
+            cache_of(k_pages, v_pages, head_dim),
             self.row_arrays(rows),
             num_heads,
             half,
@@ -224,8 +224,8 @@ class NativeOps:
         """See `Ops.attention`."""
         q = ready(q)
         num_rows, num_heads, head_dim = q.shape
-        if head_dim != k_pages.shape[3] or num_heads % k_pages.shape[1]:
-            raise EngineError(f"{num_heads}x{head_dim} queries do not fit these KV pages.")
+        if num_heads % k_pages.shape[1]:
+            raise EngineError(f"{num_heads} query heads do not fit {k_pages.shape[1]} KV heads.")
         if sinks is not None:
             sinks = ready(sinks, num_heads)
         out = torch.empty(num_rows, num_heads * head_dim)
@@ -233,7 +233,7 @@ class NativeOps:
             q.data_ptr(),
             0 if sinks is None else sinks.data_ptr(),
             out.data_ptr(),
-            cache_of(k_pages, v_pages),
+            cache_of(k_pages, v_pages, head_dim),
             self.row_arrays(rows),
             num_heads,
             scale,

@@ -87,7 +87,9 @@ class NativeProgram:
 
     def _use_pages(self, k_pages: Sequence[Tensor], v_pages: Sequence[Tensor]) -> None:
         self._first_page = None
-        self._native.use_pages([cache_of(k, v) for k, v in zip(k_pages, v_pages, strict=True)])
+        head_dim = self._decoder.head_dim
+        pages = zip(k_pages, v_pages, strict=True)
+        self._native.use_pages([cache_of(k, v, head_dim) for k, v in pages])
         self._first_page = weakref.ref(k_pages[0])  # the pool may go when its engine does
 
     def _use_rows(self, rows: Rows) -> None:
