@@ -51,15 +51,15 @@ def read_keys(pages: Tensor, page: Tensor, offset: Tensor, head_dim: int) -> Ten
 def write_values(pages: Tensor, page: Tensor, offset: Tensor, v: Tensor) -> None:
     """Store ``v [n, K, D]`` at ``offset [n]`` of ``page [n]``."""
     padded = torch.nn.functional.pad(v, (0, pages.shape[3] - v.shape[2]))
-    lines = torch.empty_like(padded.unflatten(2, (-1, LANES)), dtype=pages.dtype)
-    lines[..., _columns(pages)] = padded.unflatten(2, (-1, LANES)).to(pages.dtype)
-    panels = pages.unflatten(3, (-1, LANES))  # [P, K, groups, padded D / LANES, key, column]
+    lines = torch.empty_like(torch.unflatten(padded, 2, (-1, LANES)), dtype=pages.dtype)
+    lines[..., _columns(pages)] = torch.unflatten(padded, 2, (-1, LANES)).to(pages.dtype)
+    panels = torch.unflatten(pages, 3, (-1, LANES))  # [P, K, groups, padded D / LANES, key, column]
     panels[page, :, offset // LANES, :, offset % LANES] = lines
 
 
 def read_values(pages: Tensor, page: Tensor, offset: Tensor, head_dim: int) -> Tensor:
     """The values at ``offset [n]`` of ``page [n]`` as ``[n, K, D]`` float32."""
-    panels = pages.unflatten(3, (-1, LANES))
+    panels = torch.unflatten(pages, 3, (-1, LANES))
     lines = panels[page, :, offset // LANES, :, offset % LANES]  # [n, K, padded D / LANES, LANES]
     return lines[..., _columns(pages)].flatten(2)[..., :head_dim].float()
 

@@ -17,7 +17,7 @@ from coppice.models.load import load_model
 from tools.make_model import SHAPES, make_model
 
 TOYS = [name for name in SHAPES if name.startswith("toy")]
-PAGE = 8
+PAGE = 16
 
 
 def join(first: Rows, second: Rows) -> Rows:
@@ -84,7 +84,7 @@ def test_kv_layout_follows_the_weights(tmp_path: Path) -> None:
 def test_position_beyond_the_served_context(tmp_path: Path) -> None:
     make_model("toy-llama", tmp_path, tokenizer=False)
     decoder = load_model(tmp_path, max_context=16).decoder
-    pool = KVPool(decoder.kv_layout(8), 4)
+    pool = KVPool(decoder.kv_layout(16), 4)
     decoder.forward(Rows.chunk([1], [0, 1, 2], start=15), pool)
     with pytest.raises(EngineError, match="beyond the context 16"):
         decoder.forward(Rows.chunk([1], [0, 1, 2], start=16), pool)
