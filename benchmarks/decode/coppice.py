@@ -87,10 +87,10 @@ class Coppice:
 
     def facts(self) -> dict[str, float]:
         """Weight bytes read each step, cache bytes per token, time outside the model."""
-        layout = self._decoder.kv_layout(1)
+        layout = self._decoder.kv_layout(16)
         return {
             "weight_bytes": float(self._engine.facts().weight_bytes),
-            "kv_bytes_per_token": float(layout.page_bytes),
+            "kv_bytes_per_token": layout.page_bytes / layout.page_size,
             "outside_model_us": 1e6 * self._outside_s / max(1, self._steps),
         }
 
