@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from coppice.kernels.pages import move_keys, move_values
 from coppice.models.kv import KVLayout
 
 
@@ -44,11 +45,7 @@ class KVPool:
         size = self.layout.page_size
         table = torch.tensor(list(pages))
         src, dst = torch.tensor(list(moves)).unbind(1)
-        from_page, from_at, to_page, to_at = (
-            table[src // size],
-            src % size,
-            table[dst // size],
-            dst % size,
-        )
-        for store in (*self.k, *self.v):
-            store[to_page, :, to_at] = store[from_page, :, from_at]
+        to, source = (table[dst // size], dst % size), (table[src // size], src % size)
+        for k, v in zip(self.k, self.v, strict=True):
+            move_keys(k, to, source)
+            move_values(v, to, source)

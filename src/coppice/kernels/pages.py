@@ -64,6 +64,22 @@ def read_values(pages: Tensor, page: Tensor, offset: Tensor, head_dim: int) -> T
     return lines[..., _columns(pages)].flatten(2)[..., :head_dim].float()
 
 
+def move_keys(pages: Tensor, to: tuple[Tensor, Tensor], source: tuple[Tensor, Tensor]) -> None:
+    """Copy keys from ``(page [n], offset [n])`` to others, all read before any is written."""
+    (to_page, to_at), (page, at) = to, source
+    columns = _columns(pages)
+    lines = pages[page, :, at // LANES, :, columns[at % LANES]]  # [n, K, padded D]
+    pages[to_page, :, to_at // LANES, :, columns[to_at % LANES]] = lines
+
+
+def move_values(pages: Tensor, to: tuple[Tensor, Tensor], source: tuple[Tensor, Tensor]) -> None:
+    """Copy values likewise."""
+    (to_page, to_at), (page, at) = to, source
+    panels = torch.unflatten(pages, 3, (-1, LANES))
+    lines = panels[page, :, at // LANES, :, at % LANES]  # [n, K, padded D / LANES, LANES]
+    panels[to_page, :, to_at // LANES, :, to_at % LANES] = lines
+
+
 def _columns(pages: Tensor) -> Tensor:
     """Where in a line each of the `LANES` lanes lies."""
     lanes = torch.arange(LANES, device=pages.device)

@@ -69,3 +69,15 @@ def test_probe_measures_plausible_limits():
 def test_thread_count_must_be_positive():
     with pytest.raises(ConfigError, match="at least 1"):
         kernels.set_num_threads(0)
+
+
+def test_threads_changed_right_after_work_do_not_hang(native):
+    """A worker that woke late for the last work took the call to end for it, and slept on."""
+    x = torch.randn(64, 2048)
+    want = native.gated_activation(x, "silu")
+    try:
+        for turn in range(200):
+            kernels.set_num_threads(2 + turn % 2)
+            assert torch.equal(native.gated_activation(x, "silu"), want)
+    finally:
+        kernels.set_num_threads()

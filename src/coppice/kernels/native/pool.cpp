@@ -137,7 +137,7 @@ bool Pool::wait_for_work(uint64_t seen) {
   }
   std::unique_lock<std::mutex> hold(sleep_);
   sleepers_.fetch_add(1);
-  wake_.wait(hold, [&] { return epoch_.load() != seen; });
+  wake_.wait(hold, [&] { return stop_ || epoch_.load() != seen; });  // `seen` may be the last
   sleepers_.fetch_sub(1);
   return !stop_;
 }
