@@ -15,6 +15,7 @@ from coppice import kernels
 from coppice.cache.pool import KVPool
 from coppice.errors import EngineError
 from coppice.kernels import get_ops
+from coppice.kernels.pages import page_shape
 from coppice.kernels.rows import Rows
 from coppice.kernels.sampling import NOT_FINITE, RowParams, choose
 from coppice.models.decoder import Decoder
@@ -273,6 +274,7 @@ def test_rows_that_lead_nowhere_are_refused(decoder: Decoder) -> None:
 
 @torch.inference_mode()
 def test_pages_of_another_model_are_refused(decoder: Decoder) -> None:
-    k, v = ([torch.zeros(4, 7, PAGE, 8) for _ in range(3)] for _ in range(2))
+    shape = page_shape(4, 7, PAGE, decoder.config.head_dim)
+    k, v = ([torch.zeros(shape) for _ in decoder.config.layers] for _ in range(2))
     with pytest.raises(IndexError, match="another model"):
         decoder.forward(steps()[0], SimpleNamespace(k=k, v=v))
