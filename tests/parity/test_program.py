@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 MIXTURES = ("mixtral", "qwen3_moe")
 DENSE = [(family, i) for family in TOYS if family not in MIXTURES for i in range(3)]
-PAGE = 8
+PAGE = 16
 PAGES = [[3, 9, 4, 1, 11, 6, 8, 20], [2, 13, 5, 7, 15, 16, 17, 21], [0, 10, 12, 14, 18, 19, 22, 23]]
 
 
