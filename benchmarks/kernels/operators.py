@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from coppice.errors import EngineError
 from coppice.kernels.formats import BF16, Format, Quantized
 from coppice.kernels.interface import Ops
+from coppice.kernels.pages import page_shape, write_keys, write_values
 from coppice.kernels.rows import Rows
 
 FORMATS = {
@@ -175,10 +176,13 @@ def _torch_call(key: str, x: Tensor) -> Callable[[Any], object]:
 def attentions(ops: Ops) -> Iterator[Operator]:
     """One row, and a chunk of a prompt, at the end of a context of 8k tokens."""
     pages = CONTEXT // PAGE
-    shape = (pages, KV_HEADS, PAGE, HEAD_DIM)
-    k = torch.randn(shape).to(torch.bfloat16)
-    v = torch.randn(shape).to(torch.bfloat16)
-    flat = [t.transpose(1, 2).reshape(CONTEXT, KV_HEADS, HEAD_DIM).transpose(0, 1) for t in (k, v)]
+    shape = page_shape(pages, KV_HEADS, PAGE, HEAD_DIM)
+    k, v = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
+    flat = [torch.randn(CONTEXT, KV_HEADS, HEAD_DIM).to(torch.bfloat16) for _ in range(2)]
+    place = torch.arange(CONTEXT)
+    write_keys(k, place // PAGE, place % PAGE, flat[0])
+    write_values(v, place // PAGE, place % PAGE, flat[1])
+    flat = [t.transpose(0, 1) for t in flat]  # [KV heads, tokens, head dim]
     for name, rows in (("decode", 1), ("prefill", CHUNK)):
         q = torch.randn(rows, HEADS, HEAD_DIM)
         batch = Rows.chunk([0] * rows, list(range(pages)), CONTEXT - rows)
