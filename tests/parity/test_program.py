@@ -256,7 +256,7 @@ def test_rows_that_lead_nowhere_are_refused(decoder: Decoder) -> None:
         ("token", 211, "vocabulary"),
         ("token", -1, "vocabulary"),
         ("sequence", 3, "sequence"),
-        ("slot", 64, "slot"),
+        ("slot", 8 * PAGE, "slot"),
         ("parent", 0, "parent"),
         ("position", -1, "position"),
     ):
@@ -267,7 +267,7 @@ def test_rows_that_lead_nowhere_are_refused(decoder: Decoder) -> None:
     with pytest.raises(IndexError, match="wanted"):
         decoder.forward(rows_of(dict(good), [0, 0, 0], [1]), pool)
     with pytest.raises(IndexError, match="prefix"):
-        decoder.forward(rows_of(dict(good), [65, 0, 0], [0]), pool)
+        decoder.forward(rows_of(dict(good), [8 * PAGE + 1, 0, 0], [0]), pool)
     with pytest.raises(EngineError, match="beyond the context"):
         decoder.forward(rows_of({**good, "position": [512]}, [0, 0, 0], [0]), pool)
 
