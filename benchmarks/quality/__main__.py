@@ -78,6 +78,7 @@ def main() -> int:
 
 def _compare(report: Report, model: str, most: int, args: argparse.Namespace) -> None:
     folder = locate(model)
+    model = Path(model).name  # a result says nothing of where the folder lay
     tokenizer = Tokenizer.from_folder(folder)
     sources = {name: windows(tokenizer, texts, most) for name, texts in held_out(args.data).items()}
     text = calibration(args.data)

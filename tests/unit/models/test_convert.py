@@ -90,7 +90,7 @@ def test_awq_scales_change_nothing_before_rounding(tmp_path: Path) -> None:
 @torch.inference_mode()
 def logits(model: LoadedModel, tokens: list[int]) -> torch.Tensor:
     layout = model.decoder.kv_layout(32)
-    shape = (2, layout.num_kv_heads, 32, layout.head_dim)
+    shape = layout.shape(2)
 
     pages = SimpleNamespace(
         k=[torch.zeros(shape, dtype=layout.dtype) for _ in range(layout.num_layers)],

@@ -130,9 +130,8 @@ class _Batch:
         longest = max(len(text) for text in texts)
         layout = decoder.kv_layout(PAGE_SIZE)
         pages = list(range(-(-longest // PAGE_SIZE)))
-        shape = (len(pages), layout.num_kv_heads, PAGE_SIZE, layout.head_dim)
         self._decoder = decoder
-        self._k = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
+        self._k = torch.zeros(layout.shape(len(pages)), dtype=layout.dtype, device=layout.device)
         self._v = torch.zeros_like(self._k)
         self._rows = [Rows.chunk(list(text), pages) for text in texts]
         self._states = [decoder.embed(rows) for rows in self._rows]
