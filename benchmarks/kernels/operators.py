@@ -176,7 +176,7 @@ def _torch_call(key: str, x: Tensor) -> Callable[[Any], object]:
 def attentions(ops: Ops) -> Iterator[Operator]:
     """One row, and a chunk of a prompt, at the end of a context of 8k tokens."""
     pages = CONTEXT // PAGE
-    shape = page_shape(pages, KV_HEADS, PAGE, HEAD_DIM)
+    shape = page_shape(pages, KV_HEADS, PAGE, HEAD_DIM, torch.bfloat16)
     k, v = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
     flat = [torch.randn(CONTEXT, KV_HEADS, HEAD_DIM).to(torch.bfloat16) for _ in range(2)]
     place = torch.arange(CONTEXT)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.quality.score import bits_per_byte, windows
 from benchmarks.quality.text import calibration, held_out
@@ -27,7 +28,7 @@ from coppice.models.tokenizer import Tokenizer
 from coppice.weights.names import scheme
 from recipes.bundled.corpus import DEFAULT_DATA
 
-BOUNDS = {"int8-weight-only": 0.05, "int8": 0.3, "int4 gptq": 2.5}
+BOUNDS = {"kv int8": 0.1, "int8-weight-only": 0.05, "int8": 0.3, "int4 gptq": 2.5}
 """Most per cent a contender may lose."""
 
 
@@ -38,11 +39,13 @@ class Contender:
     name: str
     quantization: str | None = None
     method: Method | None = None
+    kv: Literal["auto", "int8"] = "auto"
 
 
 def contenders(groups: list[int], methods: list[Method]) -> Iterator[Contender]:
     """Bfloat16 first: the others are compared with it."""
     yield Contender("bf16")
+    yield Contender("kv int8", kv="int8")
     others = [f"int4-g{group}" for group in groups]
     for name in ("int8-weight-only", "int8", "int4-weight-only", "int4", *others):
         yield Contender(name, name)
@@ -66,9 +69,9 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=64, help="of 512 calibration tokens")
     args = parser.parse_args()
     columns = ["model", "contender", "MB of weights", "bits per byte", "loss %", "made in s"]
-    whole = args.models == parser.get_default("models")
-    slug = "-".join(Path(name).name.lower() for name in args.models)
-    report = Report("quality" if whole else f"quality-{slug}", columns)
+    whole = args.models == parser.get_default("models") and not args.only
+    slug = "-".join([*(Path(name).name.lower() for name in args.models), *(args.only or ())])
+    report = Report("quality" if whole else f"quality-{slug.replace(' ', '-')}", columns)
     most = args.windows or (8 if args.quick else 64)
     report.metrics["windows"] = most
     for model in args.models:
@@ -103,7 +106,7 @@ def _compare(report: Report, model: str, most: int, args: argparse.Namespace) ->
             )
             made_s = time.perf_counter() - begin
         scores = {
-            name: bits_per_byte(loaded.decoder, tokenizer, pieces)
+            name: bits_per_byte(loaded.decoder, tokenizer, pieces, contender.kv)
             for name, pieces in sources.items()
         }
         scores["mean"] = statistics.mean(scores.values())

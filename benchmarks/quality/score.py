@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -29,10 +30,15 @@ def windows(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[list[
 
 
 @torch.inference_mode()
-def bits_per_byte(decoder: Decoder, tokenizer: Tokenizer, pieces: Sequence[list[int]]) -> float:
+def bits_per_byte(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    pieces: Sequence[list[int]],
+    kv: Literal["auto", "int8"] = "auto",
+) -> float:
     """Cross entropy of the windows in bits per byte of their UTF-8 text."""
     pages = list(range(-(-WINDOW // PAGE_SIZE)))
-    pool = KVPool(decoder.kv_layout(PAGE_SIZE), len(pages))
+    pool = KVPool(decoder.kv_layout(PAGE_SIZE).stored_as(kv), len(pages))
     nats, num_bytes = 0.0, 0
     for piece in pieces:
         logits = decoder.forward(Rows.chunk(piece[:-1], pages), pool)  # [T, V]

@@ -19,28 +19,45 @@ from tests.kits.models import DRAFT
 NUM_REQUESTS = 100
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def model(request: pytest.FixtureRequest) -> EngineModel:
-    return load_engine_model(EngineConfig(model=DRAFT, dtype=request.param))
+CONFIGS = {
+    "float32": EngineConfig(model=DRAFT, dtype="float32"),
+    "bfloat16": EngineConfig(model=DRAFT, dtype="bfloat16"),
+    "kv-int8": EngineConfig(model=DRAFT, kv_cache_dtype="int8"),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def config(request: pytest.FixtureRequest) -> EngineConfig:
+    return CONFIGS[request.param]
 
 
 @pytest.fixture(scope="module")
-def expected(model: EngineModel) -> dict[str, Outcome]:
-    return outcomes(model, EngineConfig(), make_requests(model, NUM_REQUESTS, 1), Arrangement())
+def model(config: EngineConfig) -> EngineModel:
+    return load_engine_model(config)
+
+
+@pytest.fixture(scope="module")
+def expected(model: EngineModel, config: EngineConfig) -> dict[str, Outcome]:
+    return outcomes(model, config, make_requests(model, NUM_REQUESTS, 1), Arrangement())
 
 
 @pytest.mark.parametrize("arrangement", [*ARRANGEMENTS[1:], *SPECULATED], ids=str)
 def test_same_tokens_and_logprobs(
-    model: EngineModel, expected: dict[str, Outcome], arrangement: Arrangement
+    model: EngineModel,
+    config: EngineConfig,
+    expected: dict[str, Outcome],
+    arrangement: Arrangement,
 ) -> None:
     requests = make_requests(model, NUM_REQUESTS, 1)
     answers = [[*r.prompt, *expected[r.id][0]] for r in requests]
-    found = outcomes(model, EngineConfig(), requests, arrangement, seed=5, answers=answers)
+    found = outcomes(model, config, requests, arrangement, seed=5, answers=answers)
     wrong = [key for key in expected if found[key] != expected[key]]
     assert not wrong, f"{len(wrong)} of {NUM_REQUESTS} differ, first {wrong[0]}"
 
 
-def test_the_kit_notices_a_difference(model: EngineModel, expected: dict[str, Outcome]) -> None:
+def test_the_kit_notices_a_difference(
+    model: EngineModel, config: EngineConfig, expected: dict[str, Outcome]
+) -> None:
     """Another seed must change sampled answers, or the comparison above proves nothing."""
     import msgspec
 
@@ -48,5 +65,5 @@ def test_the_kit_notices_a_difference(model: EngineModel, expected: dict[str, Ou
         msgspec.structs.replace(r, sampling=msgspec.structs.replace(r.sampling, seed=12345))
         for r in make_requests(model, 12, 1)
     ]
-    found = outcomes(model, EngineConfig(), requests, Arrangement())
+    found = outcomes(model, config, requests, Arrangement())
     assert any(found[key] != expected[key] for key in found)

@@ -274,7 +274,7 @@ def test_rows_that_lead_nowhere_are_refused(decoder: Decoder) -> None:
 
 @torch.inference_mode()
 def test_pages_of_another_model_are_refused(decoder: Decoder) -> None:
-    shape = page_shape(4, 7, PAGE, decoder.config.head_dim)
+    shape = page_shape(4, 7, PAGE, decoder.config.head_dim, torch.float32)
     k, v = ([torch.zeros(shape) for _ in decoder.config.layers] for _ in range(2))
     with pytest.raises(IndexError, match="another model"):
         decoder.forward(steps()[0], SimpleNamespace(k=k, v=v))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from coppice.kernels.pages import move_keys, move_values
+from coppice.kernels.pages import empty_pages, move_keys, move_values
 from coppice.models.kv import KVLayout
 
 
@@ -26,8 +26,8 @@ class KVPool:
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         for _ in range(layout.num_layers):
-            self.k.append(torch.empty(shape, dtype=layout.dtype, device=layout.device))
-            self.v.append(torch.empty(shape, dtype=layout.dtype, device=layout.device))
+            self.k.append(empty_pages(shape, layout.dtype, layout.device))
+            self.v.append(empty_pages(shape, layout.dtype, layout.device))
 
     def copy_page(self, src: int, dst: int) -> None:
         """Copy one page's K and V of every layer (copy-on-write of a shared tail)."""

@@ -75,7 +75,8 @@ class Engine:
         self.config = config
         self.clock = clock
         self._planner = planner or StepPlanner()
-        layout = model.decoder.kv_layout(config.page_size)
+        layout = model.decoder.kv_layout(config.page_size).stored_as(config.kv_cache_dtype)
+        self._layout = layout
         num_pages = max(1, (config.kv_cache_mib << 20) // layout.page_bytes)
         self.num_pages = num_pages
         self.context_length = min(
@@ -106,7 +107,10 @@ class Engine:
     def facts(self) -> ModelFacts:
         """The model's facts with this engine's sizes."""
         return msgspec.structs.replace(
-            self.model.facts, context_length=self.context_length, num_pages=self.num_pages
+            self.model.facts,
+            context_length=self.context_length,
+            num_pages=self.num_pages,
+            kv_format=str(self._layout.dtype).removeprefix("torch."),
         )
 
     @property

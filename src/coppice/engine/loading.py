@@ -17,6 +17,9 @@ from coppice.models.kv import KVLayout
 from coppice.models.load import LoadedModel, check_vocabulary, load_model
 from coppice.models.tokenizer import Tokenizer
 
+KV_MARKS = {"auto": "", "int8": "-kv8"}
+"""What the fingerprint says of KV pages: answers depend on their type."""
+
 
 class Decoder(Protocol):
     """What the step needs of a model."""
@@ -70,7 +73,7 @@ def load_engine_model(config: EngineConfig) -> EngineModel:
         num_params=loaded.num_params,
         weight_bytes=loaded.weight_bytes,
         weight_format=loaded.quantization or loaded.dtype,
-        fingerprint=f"cop_{loaded.fingerprint[:16]}",
+        fingerprint=f"cop_{loaded.fingerprint[:16]}{KV_MARKS[config.kv_cache_dtype]}",
         page_size=config.page_size,
         num_pages=0,
         kernels=describe(),

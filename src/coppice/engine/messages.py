@@ -94,6 +94,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Changes with weights, precision and kernels; ``system_fingerprint`` in replies."""
     page_size: int
     num_pages: int
+    kv_format: str = ""
+    """Type of the KV pages, for example ``"bfloat16"`` or ``"int8"``."""
     kernels: str
     num_threads: int
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,11 @@ class KVLayout:
 
     def shape(self, num_pages: int) -> tuple[int, ...]:
         """Shape of one layer's K pages, and of its V pages (see `coppice.kernels.pages`)."""
-        return page_shape(num_pages, self.num_kv_heads, self.page_size, self.head_dim)
+        return page_shape(num_pages, self.num_kv_heads, self.page_size, self.head_dim, self.dtype)
+
+    def stored_as(self, kind: Literal["auto", "int8"]) -> KVLayout:
+        """The same cache in another type: ``auto`` is this one."""
+        return self if kind == "auto" else replace(self, dtype=torch.int8)
 
     @property
     def page_bytes(self) -> int:

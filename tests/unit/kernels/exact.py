@@ -43,17 +43,27 @@ def column(dtype, lane):
     return [*range(0, 16, 2), *range(1, 16, 2)][lane] if dtype == torch.bfloat16 else lane
 
 
+def scale(pages, page, head, offset):
+    """An int8 group's last four lines are the float32 scales of its keys."""
+    if pages.dtype != torch.int8:
+        return 1.0
+    return float(pages[page, head, offset // 16, -4:].flatten().view(torch.float32)[offset % 16])
+
+
 def key(pages, page, head, offset, head_dim):
     """One key of K pages, as docs/internals/kernels.md says it lies; float64 ``[D]``."""
     lane = column(pages.dtype, offset % 16)
-    return pages[page, head, offset // 16, :head_dim, lane].double()
+    stored = pages[page, head, offset // 16, :head_dim, lane].double()
+    return stored * scale(pages, page, head, offset)
 
 
 def value(pages, page, head, offset, head_dim):
     """One value of V pages."""
-    group = pages[page, head, offset // 16].reshape(-1, 16, 16)  # panel of dims, key, column
+    lines = -(-head_dim // 16) * 16
+    group = pages[page, head, offset // 16, :lines].view(-1, 16, 16)  # panel of dims, key, column
     lanes = [column(pages.dtype, i) for i in range(16)]
-    return group[:, offset % 16, lanes].flatten()[:head_dim].double()
+    stored = group[:, offset % 16, lanes].flatten()[:head_dim].double()
+    return stored * scale(pages, page, head, offset)
 
 
 def attention(q, rows, k_pages, v_pages, *, scale, window=0, softcap=0.0, sinks=None):

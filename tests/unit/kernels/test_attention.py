@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from coppice import kernels
-from coppice.kernels.pages import page_shape, page_size_of, write_keys, write_values
+from coppice.kernels.pages import (
+    page_shape,
+    page_size_of,
+    read_keys,
+    read_values,
+    write_keys,
+    write_values,
+)
 from coppice.kernels.rows import Rows
 from tests.unit.kernels import exact
 from tests.unit.kernels.exact import attention, rms_norm, rotate
@@ -13,9 +20,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def pages(num, kv_heads, page_size, head_dim, dtype=torch.float32):
-    """K and V pages full of NaN: whatever is not written must not be read."""
-    shape = page_shape(num, kv_heads, page_size, head_dim)
-    return torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype)
+    """K and V pages full of NaN: whatever is not written must not be read (-1 in int8: NaN too,
+    where it is read as a scale)."""
+    shape = page_shape(num, kv_heads, page_size, head_dim, dtype)
+    stale = -1 if dtype == torch.int8 else torch.nan
+    return torch.full(shape, stale, dtype=dtype), torch.full(shape, stale, dtype=dtype)
 
 
 def fill(k, v, rows, length, head_dim, sequence=0):
@@ -69,7 +78,7 @@ def check(ops, rows, length, shape, dtype=torch.float32, q_scale=1.0, **options)
     return got
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
 @pytest.mark.parametrize("head_dim", [8, 20, 32, 64, 80, 96, 128, 256])
 def test_head_dims(native, head_dim, dtype):
     torch.manual_seed(head_dim)
@@ -132,15 +141,17 @@ def test_token_trees(native, shape, prefix, window):
     parents = PARENTS[shape]
     length = prefix + len(parents)
     rows = tree(prefix, parents, page_ids(length, 16))
-    check(native, rows, length, (4, 2, 16, 16), window=window)
+    for dtype in (torch.float32, torch.int8):
+        check(native, rows, length, (4, 2, 16, 16), dtype, window=window)
 
 
-def test_tree_path_equals_the_same_tokens_in_a_row(native):
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+def test_tree_path_equals_the_same_tokens_in_a_row(native, dtype):
     """What a path through a tree computes is bitwise what plain decoding computes."""
     prefix, parents = 90, PARENTS["comb"]
     path = [0, 2, 4, 6, 8, 10, 12, 14]
     table = page_ids(120, 16)
-    k, v = pages(64, 2, 16, 32)
+    k, v = pages(64, 2, 16, 32, dtype)
     rows = tree(prefix, parents, table)
     fill(k, v, rows, prefix, 32)
     qkv = torch.randn(len(parents), 8 * 32)
@@ -154,7 +165,7 @@ def test_tree_path_equals_the_same_tokens_in_a_row(native):
         assert torch.equal(straight[0], branched[node]), depth
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
 @pytest.mark.parametrize("window", [0, 33])
 @pytest.mark.parametrize("head_dim", [24, 64])
 def test_row_is_the_same_however_chunked(native, dtype, window, head_dim):
@@ -183,7 +194,10 @@ def test_row_is_the_same_however_chunked(native, dtype, window, head_dim):
 def test_neighbours_and_threads_do_not_change_a_row(native):
     lengths = [70, 1, 17, 130]
     tables = torch.arange(4 * 9, dtype=torch.int32).view(4, 9)
-    k, v = torch.randn(page_shape(36, 2, 16, 32)), torch.randn(page_shape(36, 2, 16, 32))
+    k, v = (
+        torch.randn(page_shape(36, 2, 16, 32, torch.float32)),
+        torch.randn(page_shape(36, 2, 16, 32, torch.float32)),
+    )
     i32 = torch.int32
 
     def batch(which):
@@ -211,6 +225,34 @@ def test_neighbours_and_threads_do_not_change_a_row(native):
         kernels.set_num_threads()
     for i in range(4):
         assert torch.equal(native.attention(q[[i]], batch([i]), k, v, scale=0.3)[0], together[i])
+
+
+@pytest.mark.parametrize("window", [0, 700])
+def test_long_contexts_are_the_same_however_shared_out(native, window):
+    """Spans of keys are merged in order, by one thread or by several."""
+    torch.manual_seed(3)
+    heads, dim, prefix = 3, 32, 1530
+    parents = PARENTS["comb"]
+    table = page_ids(prefix + 20, 64)
+    k, v = pages(64, 1, 64, dim)
+    rows = tree(prefix, parents, table)
+    fill(k, v, rows, prefix + len(parents), dim)
+    q = torch.randn(len(parents), heads, dim)
+    options = {"scale": 0.3, "window": window}
+    one = chunk(1, prefix, table)
+    try:
+        kernels.set_num_threads(1)
+        alone = native.attention(q[:1], one, k, v, **options)
+        branched = native.attention(q, rows, k, v, **options)
+        for threads in (2, 5):
+            kernels.set_num_threads(threads)
+            assert torch.equal(native.attention(q[:1], one, k, v, **options), alone)
+            assert torch.equal(native.attention(q, rows, k, v, **options), branched)
+    finally:
+        kernels.set_num_threads()
+    assert torch.equal(branched[:1], alone)
+    want = attention(q, rows, k, v, **options)
+    torch.testing.assert_close(branched.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -257,6 +299,52 @@ def test_rope_append(any_ops, qk_norm, rotary, dtype):
         stored = value[i].view(kv_heads, head_dim).to(dtype)
         assert torch.equal(values, stored.double())
     assert k.isnan().sum() == k.numel() - count * kv_heads * head_dim
+
+
+def heads_of(case, count, dim):
+    """Heads that are hard to store in eight bits."""
+    x = torch.randn(count, dim)
+    if case == "constant":
+        x[:] = torch.linspace(-100, 100, count)[:, None]
+    elif case == "tiny":
+        x *= 10.0 ** torch.linspace(-44, -28, count)[:, None]
+    elif case == "one large":
+        x[:, 3] = 1e30
+    elif case == "halves":  # exactly between two codes
+        x = torch.randint(-127, 127, (count, dim)) + 0.5
+        x[:, 0] = 127
+    return x
+
+
+@pytest.mark.parametrize("case", ["noise", "constant", "tiny", "one large", "halves"])
+def test_int8_pages_are_the_same_as_the_reference_writes(native, case):
+    torch.manual_seed(5)
+    kv_heads, dim, count = 2, 40, 33
+    rows = chunk(count, 0, page_ids(count, 16))
+    kv = heads_of(case, count * 2 * kv_heads, dim).view(count, 2, kv_heads, dim)
+    qkv = torch.cat([torch.zeros(count, 2 * dim), kv.flatten(1)], 1)
+    written = []
+    for ops in (native, kernels.get_ops(prefer="reference")):
+        k, v = pages(64, kv_heads, 16, dim, torch.int8)
+        ops.rope_append(qkv, rows, k, v, torch.zeros(1, 2, 0), num_heads=2)
+        written.append((k, v))
+    for which, (got, want) in enumerate(zip(*written, strict=True)):
+        assert torch.equal(got, want)
+        read = (read_keys, read_values)[which]
+        page, at = rows.page_table[0, rows.slot // 16].long(), (rows.slot % 16).long()
+        error = (read(got, page, at, dim) - kv[:, which]).abs().amax(-1)
+        assert (error <= kv[:, which].abs().amax(-1) / 253 + 1e-30).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_int8_pages_do_not_hide_what_is_no_number(any_ops, bad):
+    rows = chunk(20, 0, page_ids(20, 16))
+    qkv = torch.randn(20, 4 * 16)
+    qkv[7, 2 * 16 + 5] = bad  # a key of row 7
+    k, v = pages(64, 1, 16, 16, torch.int8)
+    q = any_ops.rope_append(qkv, rows, k, v, torch.zeros(1, 2, 0), num_heads=2)
+    out = any_ops.attention(q, rows, k, v, scale=0.2)
+    assert out[7:].isnan().all()
 
 
 def test_rows_outside_their_pages_are_refused(native):

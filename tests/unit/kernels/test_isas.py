@@ -20,15 +20,16 @@ def forward(ops):
         packed = ops.pack_linear(torch.randn(530, 300, generator=generator).to(dtype))
         results += [ops.linear(x[:n], packed) for n in (1, 2, 3, 7, 12, 13, 25, 70)]
         table = list(range(5))
-        pages = torch.zeros(2, *page_shape(5, 2, 16, 40), dtype=dtype)
         rows = Rows.chunk([0] * 70, table)
         cos_sin = torch.randn(80, 2, 20, generator=generator)
         qkv = torch.randn(70, 8 * 40, generator=generator) * 3
         weights = torch.randn(40, generator=generator)
         norm = {"qk_norm": "head", "q_weight": weights, "k_weight": weights}
-        q = ops.rope_append(qkv, rows, *pages, cos_sin, num_heads=4, **norm)
         options = {"scale": 0.2, "window": 37, "softcap": 9.0, "sinks": torch.ones(4)}
-        results += [q, pages, ops.attention(q, rows, *pages, **options)]
+        for kept in (dtype, torch.int8):
+            pages = torch.zeros(2, *page_shape(5, 2, 16, 40, kept), dtype=kept)
+            q = ops.rope_append(qkv, rows, *pages, cos_sin, num_heads=4, **norm)
+            results += [q, pages, ops.attention(q, rows, *pages, **options)]
     results += [ops.gated_activation(x * 9, kind) for kind in ("silu", "gelu_tanh", "gelu")]
     results.append(ops.rms_norm(x, torch.ones(300), eps=1e-6))
     return results

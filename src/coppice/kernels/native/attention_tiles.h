@@ -28,7 +28,8 @@ struct Groups {
   const T* ahead[SUBS];
 };
 
-// out[r][16 s + lane] = sum over j of q[r][j] * key [j][lane], for B groups from `s` on.
+// out[r][16 s + lane] = sum over j of q[r][j] * key [j][lane], for B groups from `s` on; times
+// the key's scale if it has one.
 template <int R, int B, class T>
 static void score_tile(const float* __restrict q, int64_t d, const Groups<T>& keys, int64_t s,
                        float* __restrict out) {
@@ -42,7 +43,7 @@ static void score_tile(const float* __restrict q, int64_t d, const Groups<T>& ke
   for (int64_t j = 0; j < d; ++j) {
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
-      const V16 panel = load_packed(key[b] + 16 * j);
+      const V16 panel = unfold(key[b] + 16 * j);
       __builtin_prefetch(ahead[b] + 16 * j);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) acc[r][b] = fma(splat(q[r * d + j]), panel, acc[r][b]);
@@ -51,7 +52,10 @@ static void score_tile(const float* __restrict q, int64_t d, const Groups<T>& ke
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) store16(out + r * KEY_BLOCK + 16 * (s + b), acc[r][b]);
+    for (int b = 0; b < B; ++b) {
+      if constexpr (SCALED<T>) acc[r][b] = acc[r][b] * load16(scales_of(key[b], d));
+      store16(out + r * KEY_BLOCK + 16 * (s + b), acc[r][b]);
+    }
 }
 
 // out[r][lane of panel p + b] += sum over keys of weight[r][key] * value [key][lane].
@@ -70,7 +74,7 @@ static void value_tile(const float* __restrict weight, const Groups<T>& values, 
     for (int64_t j = 0; j < keys; ++j) {
 #pragma GCC unroll 4
       for (int b = 0; b < B; ++b) {
-        const V16 panel = load_packed(value + 256 * b + 16 * j);
+        const V16 panel = unfold(value + 256 * b + 16 * j);
         __builtin_prefetch(ahead + 256 * b + 16 * j);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
@@ -130,10 +134,17 @@ static void score(int64_t rows, const float* q, int64_t d, const Groups<T>& keys
   }
 }
 
-// Weights [rows][KEY_BLOCK] times `count` values, added to out [rows][padded].
+// Weights [rows][KEY_BLOCK] times `count` values, added to out [rows][padded]. Where values
+// have scales, the weights take them up.
 template <class T>
-static void add_values(int64_t rows, const float* weight, const Groups<T>& values,
-                       int64_t count, int64_t padded, float* out) {
+static void add_values(int64_t rows, float* weight, const Groups<T>& values, int64_t count,
+                       int64_t padded, float* out) {
+  if constexpr (SCALED<T>)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t s = 0; 16 * s < count; ++s) {
+        float* x = weight + r * KEY_BLOCK + 16 * s;
+        store16(x, load16(x) * load16(scales_of(values.at[s], padded)));
+      }
   for (int64_t tiles = (rows + QUERIES - 1) / QUERIES; tiles > 0; --tiles) {
     const int64_t now = (rows + tiles - 1) / tiles;
     value_rows<T>(now, weight, values, count, padded, out);

@@ -64,7 +64,7 @@ def _answers() -> list[Tensor]:
             found.append(ops.linear(random(num_rows, 64), packed))
         heads, kv_heads, dim, num_rows, page = 4, 2, 32, 70, 16
         rows = Rows.chunk([1] * num_rows, [2, 0, 4, 1, 3])
-        shape = page_shape(5, kv_heads, page, dim)
+        shape = page_shape(5, kv_heads, page, dim, dtype)
         k, v = (torch.zeros(shape, dtype=dtype) for _ in range(2))
         angles = random(num_rows, dim // 2)
         table = torch.stack([angles.cos(), angles.sin()], dim=1).contiguous()

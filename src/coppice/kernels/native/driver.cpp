@@ -123,10 +123,26 @@ void attention(AttentionArgs a, const Tiles& tiles) {
   a.index = tiles.index.data();
   a.tiles = tiles.tiles.data();
   a.num_tiles = static_cast<int64_t>(tiles.tiles.size());
+  if (a.num_tiles == 0) return;
   const int64_t group = a.heads / a.cache.kv_heads;
   const int64_t splits = (group + TILE_QUERIES - 1) / TILE_QUERIES;
-  parallel(a.num_tiles * a.cache.kv_heads * splits, t.attention_bytes(a),
+  const int64_t parts = a.num_tiles * a.cache.kv_heads * splits, threads = num_threads();
+  const int64_t longest = *std::max_element(tiles.index.begin(), tiles.index.end());
+  const int64_t spans = longest / KEY_SPAN + 1, rounds = (parts + threads - 1) / threads;
+  // A span of keys a task, where tasks of whole contexts would leave threads idle.
+  std::vector<float> records;
+  if (spans > 1 && 5 * parts < 4 * rounds * threads) {
+    a.spans = spans;
+    const int64_t most = std::max<int64_t>(1, TILE_QUERIES / group);  // rows of a tile
+    a.record = t.record_floats(a, std::min(a.in.rows, most) * std::min(group, TILE_QUERIES));
+    records.resize(parts * spans * a.record);
+    a.records = records.data();
+  }
+  parallel(parts * a.spans, t.attention_bytes(a),
            [&](int64_t task, float* scratch) { t.attention(a, task, scratch); });
+  if (a.records)
+    parallel(parts, t.attention_bytes(a),
+             [&](int64_t task, float* scratch) { t.merge_spans(a, task, scratch); });
 }
 
 double read_probe(const float* memory, int64_t count, int rounds) {

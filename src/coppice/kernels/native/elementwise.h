@@ -107,8 +107,10 @@ static void rope(const RopeArgs& a, int64_t row, float* scratch) {
       a.in.page_table[a.in.sequence[row] * a.in.max_pages + slot / a.cache.page_size];
   const int64_t offset = slot % a.cache.page_size;
   float* room = scratch + kv * d;
-  if (a.cache.kind == KV_BF16) return append<bf16>(a.cache, page, offset, scratch, k + kv * d, room);
-  append<float>(a.cache, page, offset, scratch, k + kv * d, room);
+  const float* v = k + kv * d;
+  if (a.cache.kind == KV_INT8) return append<int8_t>(a.cache, page, offset, scratch, v, room);
+  if (a.cache.kind == KV_BF16) return append<bf16>(a.cache, page, offset, scratch, v, room);
+  append<float>(a.cache, page, offset, scratch, v, room);
 }
 
 }  // namespace COPPICE_ISA

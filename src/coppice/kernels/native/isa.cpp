@@ -35,7 +35,8 @@ static float fma_probe(int64_t rounds) {
 static const Table table = {
     COPPICE_ISA_NAME, W,    FEW_ROWS, ROW_BLOCK, LINEAR_FLOATS * 4, attention_bytes,
     linear,           pack, unpack, gather,  norm,              gate,
-    rope,             attention, read_probe, fma_probe, &sampler_table,
+    rope,             attention, merge_spans, record_floats, read_probe, fma_probe,
+    &sampler_table,
 };
 
 }  // namespace COPPICE_ISA

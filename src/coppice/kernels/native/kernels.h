@@ -53,7 +53,7 @@ struct GateArgs {
   int kind;  // 0 silu, 1 gelu_tanh, 2 gelu
 };
 
-enum KvKind : int { KV_F32 = 0, KV_BF16 = 1 };  // `tensors.py` has the same numbers
+enum KvKind : int { KV_F32 = 0, KV_BF16 = 1, KV_INT8 = 2 };  // `ops.py` has the same numbers
 
 // One layer's KV pages, [pages, kv_heads] of groups of sixteen keys (kv.h).
 struct Cache {
@@ -99,6 +99,9 @@ struct AttentionArgs {
   int64_t num_tiles, heads;
   float scale, softcap;
   int32_t window;
+  // Set by the planner where each span of keys is a task of its own:
+  int64_t spans = 1, record = 0;  // spans; floats of a span's result
+  float* records = nullptr;       // [tiles * kv_heads * splits][spans][record]
 };
 
 struct SamplerTable;  // sampler.h
@@ -118,6 +121,8 @@ struct Table {
   void (*gate)(const GateArgs&, int64_t row, int64_t begin, int64_t end);
   void (*rope)(const RopeArgs&, int64_t row, float* scratch);
   void (*attention)(const AttentionArgs&, int64_t task, float* scratch);
+  void (*merge_spans)(const AttentionArgs&, int64_t task, float* scratch);
+  int64_t (*record_floats)(const AttentionArgs&, int64_t queries);
   float (*read_probe)(const float*, int64_t count);
   float (*fma_probe)(int64_t rounds);  // 2 * 16 * 12 * rounds flops
   const SamplerTable* sampler;
@@ -125,6 +130,7 @@ struct Table {
 
 constexpr int64_t TILE_QUERIES = 96;  // query vectors (rows x heads of a group) per tile
 constexpr int64_t KEY_BLOCK = 64;     // keys per softmax block, counted from logical key 0
+constexpr int64_t KEY_SPAN = 512;     // keys summed up apart and then merged, counted likewise
 
 const Table* portable_table();
 const Table* avx2_table();

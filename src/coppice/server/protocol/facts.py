@@ -16,6 +16,7 @@ class ModelCard(BaseModel):
     owned_by: str
     max_model_len: int
     weight_format: str
+    kv_format: str
 
 
 class ModelList(BaseModel):

@@ -43,5 +43,6 @@ def _cards(services: Services) -> list[dict[str, Any]]:
             "owned_by": "coppice",
             "max_model_len": facts.context_length,
             "weight_format": facts.weight_format,
+            "kv_format": facts.kv_format,
         }
     ]
