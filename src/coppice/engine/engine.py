@@ -45,7 +45,8 @@ from coppice.scheduling.planner import order_key
 from coppice.speculation import DraftTree, Speculator
 
 if TYPE_CHECKING:
-    from coppice.engine.grammar import GrammarCompiler, GrammarState
+    from coppice.engine.grammar import GrammarCompiler
+    from coppice.engine.grammar_state import GrammarState
 
 MAX_STEP_S = 0.25
 """Bound on a step, so that cancels, deadlines and arrivals act within two of them."""

@@ -15,22 +15,24 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from coppice.engine.json_schema import parse_schema
 from coppice.engine.request import Grammar
 from coppice.errors import ConfigError, GrammarError
-from coppice.kernels.sampling import Mask
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
+    from coppice.engine.grammar_state import GrammarState
+
 MAX_SOURCE_BYTES = 64 << 10
 MAX_TOOLS_BYTES = 1 << 20
-CACHE_ENTRIES = 256
+V = TypeVar("V")
+CACHE_ENTRIES, CHECKED_ENTRIES = 32, 4096
+"""A compiled grammar takes some 200 KiB and two milliseconds, that it was checked 32 bytes."""
 PROBE_STEPS = 16
 JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r" |\n[ ]{0,32}"}
 """llguidance's ``x-guidance`` options; a client's own are refused."""
@@ -63,72 +65,34 @@ class GrammarTokenizer(Protocol):
         ...
 
 
-class GrammarState:
-    """Where one sequence stands in its grammar.
+class _Recent(Generic[V]):
+    """The values used last, so many of them; safe in threads."""
 
-    Attributes:
-        num_words: int32 words in a mask, ``ceil(tokenizer.vocab_size / 32)``.
-    """
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._values: OrderedDict[bytes, V] = OrderedDict()
+        self._lock = threading.Lock()
 
-    __slots__ = ("_address", "_mask", "_matcher", "num_words")
+    def __len__(self) -> int:
+        return len(self._values)
 
-    def __init__(self, matcher: LLMatcher, num_words: int) -> None:
-        self._matcher = matcher
-        self.num_words = num_words
-        self._mask: Mask = np.zeros(num_words, np.int32)
-        self._address: int = self._mask.__array_interface__["data"][0]
+    def get(self, key: bytes) -> V | None:
+        """The value, now the last used, or ``None``."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
 
-    def mask(self) -> Mask:
-        """The tokens allowed next, in this state's own array, valid until the next call.
-
-        Raises:
-            GrammarError: the grammar became too complex here; fail this request.
-        """
-        self._matcher.unsafe_compute_mask_ptr(self._address, 4 * self.num_words)
-        self._check()
-        return self._mask
-
-    def fill_mask(self, row: Mask) -> None:
-        """Write the allowed tokens to ``row``, int32 of at least ``num_words``."""
-        row[: self.num_words] = self.mask()
-        row[self.num_words :] = 0
-
-    def accept(self, token: int) -> None:
-        """Advance over a chosen token.
-
-        Raises:
-            GrammarError: the token is not allowed here, or the grammar became too complex.
-        """
-        if not self._matcher.consume_token(token):
-            self._check()
-            raise GrammarError("The grammar does not allow the chosen token.")
-
-    def rollback(self, num_tokens: int) -> None:
-        """Forget the last ``num_tokens`` accepted tokens."""
-        if num_tokens and not self._matcher.rollback(num_tokens):
-            self._check()
-
-    def fork(self) -> GrammarState:
-        """An independent copy."""
-        return GrammarState(self._matcher.deep_copy(), self.num_words)
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether nothing but an ending token can follow: the sequence is done."""
-        return bool(self._matcher.is_stopped())
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the text so far satisfies the grammar (more may still be allowed)."""
-        return bool(self._matcher.is_accepting())
-
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            raise GrammarError(f"The grammar failed: {_first_line(self._matcher.get_error())}.")
+    def put(self, key: bytes, value: V) -> None:
+        """Keep a value in place of the one unused for longest."""
+        with self._lock:
+            self._values[key] = value
+            while len(self._values) > self._most:
+                self._values.popitem(last=False)
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer and remembers the last 256; safe in threads.
+    """Compiles grammars for one tokenizer and remembers the last of them; safe in threads.
 
     Raises:
         ConfigError: the tokenizer has no ending token, so nothing could ever end.
@@ -139,44 +103,41 @@ class GrammarCompiler:
             raise ConfigError("Structured output needs a tokenizer with an EOS token.")
         self._tokenizer = tokenizer
         self._backend: LLTokenizer | None = None
+        self._building = threading.Lock()
         self._num_words = -(-tokenizer.vocab_size // 32)
-        self._cache: OrderedDict[bytes, LLMatcher] = OrderedDict()
-        self._lock = threading.Lock()
+        self._compiled: _Recent[LLMatcher] = _Recent(CACHE_ENTRIES)
+        self._checked: _Recent[bool] = _Recent(CHECKED_ENTRIES)
 
     def check(self, grammar: Grammar) -> None:
-        """Compile and try the first steps, keeping the result in the cache.
+        """Compile, try the first steps and remember that it went well.
 
         Raises:
             GrammarError: invalid, unsupported (the keyword or construct is named),
                 impossible, or too large or complex.
         """
-        self._compiled(grammar)
+        key = _key(grammar)
+        if not self._checked.get(key):
+            self._fresh(grammar)
+            self._checked.put(key, True)
 
     def compile(self, grammar: Grammar) -> GrammarState:
         """A fresh state at the grammar's start; raises as `check` does."""
-        return GrammarState(self._compiled(grammar).deep_copy(), self._num_words)
+        from coppice.engine.grammar_state import GrammarState  # numpy: not for the HTTP process
 
-    def _compiled(self, grammar: Grammar) -> LLMatcher:
-        key = hashlib.sha256(f"{grammar.kind}\0{grammar.source}".encode("utf-8", "replace"))
-        with self._lock:
-            found = self._cache.get(key.digest())
-            if found is not None:
-                self._cache.move_to_end(key.digest())
-                return found
+        key = _key(grammar)
+        matcher = self._compiled.get(key)
+        if matcher is None:
+            matcher = self._fresh(grammar)
+            self._compiled.put(key, matcher)
+        return GrammarState(matcher.deep_copy(), self._num_words)
+
+    def _fresh(self, grammar: Grammar) -> LLMatcher:
+        with self._building:
             if self._backend is None:
                 self._backend = _build(self._tokenizer)
-            backend = self._backend
-        matcher = self._fresh(grammar, backend)
-        with self._lock:
-            self._cache[key.digest()] = matcher
-            while len(self._cache) > CACHE_ENTRIES:
-                self._cache.popitem(last=False)
-        return matcher
-
-    def _fresh(self, grammar: Grammar, backend: LLTokenizer) -> LLMatcher:
         json_like = grammar.kind in ("json_schema", "json_object", "tools")
         limits = _JSON_LIMITS if json_like else _LARK_LIMITS
-        matcher = LLMatcher(backend, to_llguidance(grammar), limits=limits, log_level=0)
+        matcher = LLMatcher(self._backend, to_llguidance(grammar), limits=limits, log_level=0)
         if matcher.is_error():
             raise GrammarError(_explain(grammar, matcher.get_error()), param=_param(grammar))
         self._probe(grammar, matcher.deep_copy())
@@ -184,21 +145,26 @@ class GrammarCompiler:
 
     def _probe(self, grammar: Grammar, matcher: LLMatcher) -> None:
         """Walk a few steps, so that what fails at once is refused before admission."""
-        vocab_size = self._tokenizer.vocab_size
+        known = (1 << self._tokenizer.vocab_size) - 1
+        text = known & ~sum(1 << token for token in set(self._tokenizer.eos_ids))
         for step in range(PROBE_STEPS):
-            bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-            allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little")[:vocab_size])
+            allowed = known & int.from_bytes(matcher.compute_bitmask(), "little")
             if matcher.is_error():
                 raise GrammarError(_explain(grammar, matcher.get_error()), param=_param(grammar))
-            if not step and (not len(allowed) or matcher.is_stopped()):
+            if not step and (not allowed or matcher.is_stopped()):
                 raise GrammarError(
                     "The grammar allows no text at all; check its start rule.",
                     param=_param(grammar),
                 )
-            texts = allowed[~np.isin(allowed, self._tokenizer.eos_ids)]
-            if matcher.is_stopped() or not len(texts):
+            texts = allowed & text
+            if matcher.is_stopped() or not texts:
                 return
-            matcher.consume_token(int(texts[0]))
+            matcher.consume_token((texts & -texts).bit_length() - 1)  # the lowest set bit
+
+
+def _key(grammar: Grammar) -> bytes:
+    text = f"{grammar.kind}\0{grammar.source}"
+    return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
 def to_llguidance(grammar: Grammar) -> str:
@@ -284,11 +250,12 @@ def _explain(grammar: Grammar, error: str) -> str:
         return f"The {kind} allows no text at all; check where it starts."
     if "oneOf" in error:
         return f"The {kind} has oneOf branches that overlap; use anyOf instead."
-    reason = said[0].removeprefix("error:").strip() if said else _first_line(error)
+    reason = said[0].removeprefix("error:").strip() if said else first_line(error)
     return f"The {kind} cannot be used: {reason}."
 
 
-def _first_line(error: str) -> str:
+def first_line(error: str) -> str:
+    """What llguidance said, short enough to be passed on."""
     line = error.strip().splitlines()[0] if error.strip() else "unknown reason"
     return line.rstrip(".")[:300]
 

@@ -8,7 +8,6 @@ a terminal reaches both) are ignored here: the front end decides when to stop.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from coppice.engine.config import EngineConfig
+from coppice.engine.memory import give_back, tune_allocator
 from coppice.engine.messages import (
     Fatal,
     FromEngine,
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 HEAD_BYTES = 4
 MAX_FRAME = 256 << 20
+MMAP_THRESHOLD = 1 << 20
+"""Activations of a step stay on the heap, where the next step finds them mapped."""
 
 
 def main() -> int:
@@ -43,6 +45,7 @@ def main() -> int:
     parser.add_argument("--socket", required=True, help="Unix socket of the front end")
     parser.add_argument("--config", required=True, help="EngineConfig as JSON")
     args = parser.parse_args()
+    tune_allocator(mmap_threshold=MMAP_THRESHOLD)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(args.socket)
@@ -65,7 +68,7 @@ def _serve(connection: socket.socket, config: EngineConfig) -> int:
     engine = Engine(load_engine_model(config), config)
     gc.collect()
     gc.freeze()  # what is loaded now stays: no collection needs to look at it again
-    _trim()
+    give_back()
 
     def send(messages: Sequence[FromEngine]) -> None:
         connection.sendall(b"".join(map(encode, messages)))
@@ -76,13 +79,6 @@ def _serve(connection: socket.socket, config: EngineConfig) -> int:
     threading.Thread(target=_read, args=(connection, loop), name="reader", daemon=True).start()
     loop.run()
     return 0
-
-
-def _trim() -> None:
-    """Give the system back what loading took and freed, where the C library can (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _read(connection: socket.socket, loop: EngineLoop) -> None:

@@ -12,7 +12,7 @@ from coppice.engine.sampler import SamplerState
 from coppice.kernels.sampling import RowParams
 
 if TYPE_CHECKING:
-    from coppice.engine.grammar import GrammarState
+    from coppice.engine.grammar_state import GrammarState
 
 
 @dataclass(slots=True, eq=False)

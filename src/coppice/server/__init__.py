@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ServerConfig", "run"]
 
+MMAP_THRESHOLD = 256 << 10
+"""A large body's buffers go back to the system with it."""
+
 
 def run(
     server_config: ServerConfig,
@@ -41,10 +44,12 @@ def run(
         engine_config: which model, how much memory.
         engine_command: another engine program; it is given ``--socket PATH``.
     """
+    from coppice.engine.memory import tune_allocator
     from coppice.errors import CoppiceError
     from coppice.server.engine_client import AsyncEngine
     from coppice.server.keys import KeyRing
 
+    tune_allocator(mmap_threshold=MMAP_THRESHOLD)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     command = engine_command or (
         sys.executable,

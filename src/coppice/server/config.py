@@ -46,6 +46,10 @@ class ServerConfig(RoomConfig):
         600.0, "Longest life of a request; deadline_s may only shorten it.", minimum=0.1
     )
     max_body_bytes: int = setting(8 << 20, "Largest request body.", minimum=1024)
+    body_budget_bytes: int = setting(
+        12 << 20, "Bytes that bodies over 64 KiB may take together; more are refused.",
+        minimum=1024,
+    )  # fmt: skip
     body_timeout_s: float = setting(30.0, "Time for a body to arrive.", minimum=0.1)
     header_timeout_s: float = setting(10.0, "Time for the headers to arrive.", minimum=0.1)
     max_connections: int = setting(1024, "Open connections.", minimum=1)
@@ -71,6 +75,12 @@ class ServerConfig(RoomConfig):
                 f"Listening on {self.host} lets other machines in: set api_key or "
                 "api_keys_file, or use host 127.0.0.1.",
                 param="host",
+            )
+        if self.body_budget_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"body_budget_bytes ({self.body_budget_bytes}) must hold one body of "
+                f"max_body_bytes ({self.max_body_bytes}); raise the one or lower the other.",
+                param="body_budget_bytes",
             )
         if self.api_key is not None and len(self.api_key) < 8:  # noqa: PLR2004
             raise ConfigError("api_key must have at least 8 characters.", param="api_key")

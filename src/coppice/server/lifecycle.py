@@ -12,9 +12,11 @@ from collections.abc import Awaitable, Iterator
 import uvicorn
 
 from coppice.engine.config import EngineConfig
+from coppice.engine.memory import give_back
 from coppice.errors import ConfigError, CoppiceError
 from coppice.server.admission import Admission
 from coppice.server.app import build_app
+from coppice.server.bodies import BodyBudget
 from coppice.server.calls import Calls
 from coppice.server.config import ServerConfig
 from coppice.server.engine_client import AsyncEngine
@@ -41,6 +43,7 @@ def make_services(config: ServerConfig, keys: KeyRing, engine: AsyncEngine) -> S
         admission=Admission(config, engine),
         calls=Calls(metrics),
         metrics=metrics,
+        bodies=BodyBudget(config.body_budget_bytes),
     )
     metrics.bind(services)
     return services
@@ -121,6 +124,7 @@ class Server:
             return False
         stopping.cancel()
         loading.result()
+        give_back()
         self._say_ready(listener)
         return True
 

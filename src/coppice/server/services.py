@@ -11,6 +11,7 @@ from fastapi import Request
 from coppice.engine.messages import ModelFacts
 from coppice.errors import CapacityError, NotFoundError
 from coppice.server.admission import Admission
+from coppice.server.bodies import BodyBudget
 from coppice.server.calls import Calls
 from coppice.server.config import ServerConfig
 from coppice.server.engine_client import AsyncEngine
@@ -30,6 +31,7 @@ class Services:
     Attributes:
         phase: ``announced`` while draining but still accepting, ``closed`` after that.
         text: set once the tokenizer is loaded.
+        bodies: what bodies may take together.
     """
 
     config: ServerConfig
@@ -39,6 +41,7 @@ class Services:
     admission: Admission
     calls: Calls
     metrics: Metrics
+    bodies: BodyBudget
     text: TextService | None = None
     phase: Phase = "open"
     started: float = field(default_factory=time.monotonic)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from coppice.engine.grammar import CACHE_ENTRIES, GrammarCompiler, GrammarState
+from coppice.engine.grammar import CACHE_ENTRIES, GrammarCompiler
+from coppice.engine.grammar_state import GrammarState
 from coppice.engine.json_schema import parse_schema
 from coppice.engine.request import Grammar, SamplingParams
 from coppice.engine.sampler import SamplerState, sample
@@ -254,7 +255,9 @@ def test_the_cache_is_bounded_and_shares_nothing_between_states():
     compiler = GrammarCompiler(TOKENIZER)
     for i in range(CACHE_ENTRIES + 20):
         compiler.check(Grammar("regex", f"a{i}"))
-    assert len(compiler._cache) == CACHE_ENTRIES
+        compiler.compile(Grammar("regex", f"a{i}"))
+    assert len(compiler._compiled) == CACHE_ENTRIES
+    assert len(compiler._checked) == CACHE_ENTRIES + 20
 
 
 def test_no_ending_token_is_a_configuration_error():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -12,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coppice.errors import RequestError
-from coppice.server.json_body import MAX_DEPTH, MAX_NUMBER_CHARS, parse_json
+from coppice.server.json_body import (
+    MAX_DEPTH,
+    MAX_NAMES,
+    MAX_NUMBER_CHARS,
+    MAX_VALUES,
+    _without_strings,
+    parse_json,
+)
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**18), 10**18)
@@ -70,3 +79,33 @@ def test_eight_megabytes_of_anything_take_linear_time(body: bytes) -> None:
     with contextlib.suppress(RequestError):
         parse_json(body)
     assert time.process_time() - started < 4  # half a second on a quiet machine
+
+
+@pytest.mark.parametrize("body", [b'""' * (2 << 20), b'{"a":' * 400_000, b'"\\"",' * 800_000])
+def test_many_small_strings_take_no_multiple_of_the_body(body: bytes) -> None:
+    tracemalloc.start()
+    with pytest.raises(RequestError):
+        parse_json(body)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * len(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" + b"1," * MAX_VALUES + b"1]",
+        json.dumps({str(i): 0 for i in range(MAX_NAMES + 1)}).encode(),
+    ],
+    ids=["values", "names"],
+)
+def test_too_many_values_or_names_are_refused(body: bytes) -> None:
+    with pytest.raises(RequestError, match="holds more than"):
+        parse_json(body)
+
+
+@given(st.binary(max_size=60).map(lambda raw: bytes(b'"\\[]a,'[c % 6] for c in raw)))
+def test_strings_are_found_like_by_a_regular_expression(body: bytes) -> None:
+    pattern = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+    if re.search(rb"\\", pattern.sub(b"", body)) is None:  # outside a string it is no JSON
+        assert _without_strings(body) == pattern.sub(b"", body)
