@@ -38,11 +38,12 @@ JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r" |\n[ ]{0,32}"}
 """llguidance's ``x-guidance`` options; a client's own are refused."""
 
 _JSON_LIMITS = LLParserLimits(
-    initial_lexer_fuel=400_000, max_items_in_row=8000, verbose_errors=False
+    initial_lexer_fuel=150_000, max_items_in_row=8000, verbose_errors=False
 )
 _LARK_LIMITS = LLParserLimits(
-    initial_lexer_fuel=200_000, max_items_in_row=500, step_max_items=20_000, verbose_errors=False
+    initial_lexer_fuel=60_000, max_items_in_row=500, step_max_items=20_000, verbose_errors=False
 )
+"""Fuel is memory, too: compiling takes some 200 bytes for a unit of it."""
 
 
 class GrammarTokenizer(Protocol):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 HEAD_BYTES = 4
 MAX_FRAME = 256 << 20
-MMAP_THRESHOLD = 1 << 20
+MMAP_THRESHOLD = 8 << 20
 """Activations of a step stay on the heap, where the next step finds them mapped."""
 
 

@@ -157,6 +157,8 @@ _UNION_TAGS = frozenset({"str", "int", "list", "dict", "none", "float"})
 
 
 def _short(value: object) -> str:
+    if isinstance(value, str):
+        return json.dumps(value[:60])[:60]  # cut first: the whole may be megabytes
     text = json.dumps(value)[:60] if not isinstance(value, int) else hex(value)[:20]
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**18:
         text = str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import re
@@ -22,6 +23,7 @@ MAX_CONTAINERS = 200_000
 MAX_VALUES = 500_000
 MAX_NAMES = 100_000
 SHORT_BYTES = WINDOW_BYTES = 64 << 10
+LARGE_BYTES = 1 << 20
 _LONG_NUMBER = re.compile(rb"[0-9.eE+-]{%d}" % (MAX_NUMBER_CHARS + 1))
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
@@ -194,5 +196,7 @@ class BoundedRoute(APIRoute):
                 return await handle(made)
             finally:
                 services_of(request).bodies.give(made.held_bytes)
+                if made.held_bytes > LARGE_BYTES:  # a refusal refers to itself, and to the body
+                    asyncio.get_running_loop().call_soon(gc.collect)
 
         return bounded

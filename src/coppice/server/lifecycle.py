@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -124,6 +125,8 @@ class Server:
             return False
         stopping.cancel()
         loading.result()
+        gc.collect()
+        gc.freeze()  # what start-up made stays: no collection needs to look at it again
         give_back()
         self._say_ready(listener)
         return True
