@@ -27,7 +27,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/python tools/demo.py
 
 test: lint chromium
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -rs
 
 test-slow: $(VENV)/.test-installed
 	@$(BIN)/python -m pytest -q -m slow

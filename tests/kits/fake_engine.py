@@ -2,7 +2,8 @@
 
 It answers every request with its own prompt, again and again, up to ``max_tokens``; after the
 first time round it says EOS unless ``ignore_eos``. Each extra choice starts one token later.
-Seeds do things: 666 fails the request, 667 kills the process, 668 never answers.
+Seeds do things: 666 fails the request, 667 kills the process, 668 never answers. Of three
+tokens it claims to have guessed ahead two, and one rightly, unless told not to.
 """
 
 from __future__ import annotations
@@ -48,6 +49,14 @@ class Sequence:
     def pages(self) -> int:
         return math.ceil((len(self.request.prompt) + self.tokens) / PAGE_SIZE)
 
+    @property
+    def drafted(self) -> int:
+        return 0 if self.request.speculate == "off" else 2 * self.accepted
+
+    @property
+    def accepted(self) -> int:
+        return 0 if self.request.speculate == "off" else self.tokens // 3
+
 
 class FakeEngine:
     def __init__(self, connection: socket.socket, options: dict[str, object]) -> None:
@@ -57,7 +66,7 @@ class FakeEngine:
         self.vocab_size = int(options["vocab_size"])
         self.context = int(options.get("context_length", 2048))
         self.live: list[Sequence] = []
-        self.generated = self.steps = self.prompt_tokens = 0
+        self.generated = self.steps = self.prompt_tokens = self.drafted = self.accepted = 0
         self.buffer = b""
 
     def run(self) -> None:
@@ -107,6 +116,8 @@ class FakeEngine:
 
     def end(self, sequence: Sequence, reason: str, **fields: object) -> None:
         self.live.remove(sequence)
+        self.drafted += sequence.drafted
+        self.accepted += sequence.accepted
         now = time.monotonic()
         self.send(
             Output(
@@ -114,6 +125,8 @@ class FakeEngine:
                 index=sequence.index,
                 finish_reason=reason,
                 times=(sequence.arrived, sequence.arrived, sequence.first or now),
+                drafted=sequence.drafted,
+                accepted=sequence.accepted,
                 **fields,
             )
         )
@@ -155,6 +168,7 @@ class FakeEngine:
         elif sequence.tokens >= params.max_tokens:
             self.end(sequence, "length", **fields)
         else:
+            fields |= {"drafted": sequence.drafted, "accepted": sequence.accepted}
             self.send(Output(request_id=request.id, index=sequence.index, **fields))
 
     def send(self, message: object) -> None:
@@ -174,7 +188,8 @@ class FakeEngine:
             running=len(self.live), waiting=0, waiting_tokens=0, pages_used=pages, pages_cached=0,
             num_pages=NUM_PAGES, steps=self.steps, rows=self.generated,
             prompt_tokens=self.prompt_tokens, generated_tokens=self.generated,
-            prefix_queried_tokens=0, prefix_hit_tokens=0, preemptions=0, model_s=0.0, other_s=0.0,
+            prefix_queried_tokens=0, prefix_hit_tokens=0, preemptions=0,
+            drafted=self.drafted, accepted=self.accepted, model_s=0.0, other_s=0.0,
             prefill_rate_tok_s=0.0, outcomes={},
         )  # fmt: skip
 

@@ -128,7 +128,7 @@ def _fields() -> Iterator[tuple[str, dict[str, Any]]]:
         "deadline_s": [0, -1, 86401, 1e300, "5"],
         "cache_salt": ["x" * 257, "a\x00b", 5],
         "user": ["x" * 257, "a\nb", {}],
-        "speculation": ["on", "yes", True],
+        "speculate": ["on", "yes", True],
         "response_format": [
             "json", {"type": "xml"}, {"type": "json_schema"}, {},
             {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}},

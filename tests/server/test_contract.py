@@ -345,7 +345,8 @@ def test_metrics_add_up_and_have_vllm_names_on_request(fake_model: Path) -> None
         "time_to_first_token_seconds_count", "request_time_per_output_token_seconds_count",
         "e2e_request_latency_seconds_count", "request_queue_time_seconds_count",
         "prefix_cache_queries_total", "prefix_cache_hits_total", "num_preemptions_total",
-        "prompt_tokens_total", "generation_tokens_total",
+        "prompt_tokens_total", "generation_tokens_total", "spec_decode_num_draft_tokens_total",
+        "spec_decode_num_accepted_tokens_total",
     ):  # fmt: skip
         assert values[f"vllm:{name}"] == values[f"coppice_{name}"], name
 

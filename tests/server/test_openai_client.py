@@ -52,7 +52,7 @@ CHAT_CASES: dict[str, dict[str, Any]] = {
         "presence_penalty": -0.1, "logit_bias": {"5": -100}, "user": "me", "max_tokens": 9,
         "extra_body": {
             "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2, "priority": 3,
-            "deadline_s": 30, "cache_salt": "x", "speculation": "auto",
+            "deadline_s": 30, "cache_salt": "x", "speculate": "auto",
         },
     },
 }  # fmt: skip
@@ -209,7 +209,7 @@ def test_unknown_field_is_named_in_warnings(server: ServerProcess) -> None:
     ("field", "value"),
     [
         ("best_of", 2), ("echo", True), ("suffix", "x"), ("prompt_logprobs", 1), ("store", True),
-        ("speculation", "on"), ("guided_json", {}), ("truncate_prompt_tokens", 5),
+        ("speculate", "on"), ("guided_json", {}), ("truncate_prompt_tokens", 5),
     ],
 )  # fmt: skip
 def test_known_but_unbuilt_fields_are_refused_by_name(
@@ -242,6 +242,38 @@ def test_context_overflow_names_both_lengths(server: ServerProcess) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="fake", prompt="x" * (16 * 2048 + 1), max_tokens=1)
     assert "32769" in caught.value.message
+
+
+@pytest.mark.parametrize("characters", [2048, 16 * 2048 + 1])
+def test_overflow_of_a_conversation_names_its_messages(
+    server: ServerProcess, characters: int
+) -> None:
+    messages: Any = [{"role": "user", "content": "x" * characters}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client().chat.completions.create(model="fake", messages=messages)
+    assert (caught.value.code, caught.value.param) == ("context_overflow", "messages")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("route", ["chat", "completions"])
+def test_usage_tells_what_became_of_guesses(
+    server: ServerProcess, route: str, stream: bool
+) -> None:
+    def guesses(**fields: Any) -> tuple[int, int]:
+        client = server.client()
+        options: Any = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        options |= {"model": "fake", "max_tokens": 12, "n": 2, "extra_body": fields}
+        made: Any = (
+            client.chat.completions.create(messages=MESSAGES, **options)
+            if route == "chat"
+            else client.completions.create(prompt="a long enough prompt", **options)
+        )
+        usage = list(made)[-1].usage if stream else made.usage
+        details = usage.completion_tokens_details
+        return details.accepted_prediction_tokens, details.rejected_prediction_tokens
+
+    assert guesses() == guesses(speculate="auto") == (8, 8)
+    assert guesses(speculate="off") == (0, 0)
 
 
 def test_request_id_is_echoed_or_refused(server: ServerProcess) -> None:

@@ -211,6 +211,8 @@ class Engine:
             prefix_queried_tokens=self.pages.queried_tokens,
             prefix_hit_tokens=self.pages.hit_tokens,
             preemptions=self._totals["preemptions"],
+            drafted=self.speculated.get("drafted", 0),
+            accepted=self.speculated.get("accepted", 0),
             model_s=self._seconds["model"],
             other_s=self._seconds["other"],
             prefill_rate_tok_s=1.0 / per_row if per_row else 0.0,
@@ -349,7 +351,11 @@ class Engine:
             for g in grants
             if g.num_rows == 1 and g.sequence.num_tokens - g.sequence.num_computed == 1
         ]
-        views = [s for s in decoding if isinstance(s, Sequence) and s.num_generated]
+        views = [
+            s
+            for s in decoding
+            if isinstance(s, Sequence) and s.num_generated and s.request.speculate != "off"
+        ]
         return self._speculator.grow(views, rows=rows, spare=self.config.max_rows - rows)
 
     def _finish_walks(self, walks: list[Walk], outputs: list[Output]) -> None:
@@ -359,6 +365,8 @@ class Engine:
                 self._speculator.observe(walk.sequence.arrival, walk.tree, len(walk.path))
             if walk.sequence.finish_reason is None:
                 outputs.append(_report(walk.sequence))
+            elif walk.tree is not None and self._speculator is not None:
+                self._speculator.forget(walk.sequence.arrival)  # observing it began it anew
 
     def _accept(
         self,
@@ -446,6 +454,8 @@ def _report(sequence: Sequence) -> Output:
         times=(sequence.submitted_s, sequence.scheduled_s, sequence.first_token_s)
         if first or ended
         else None,
+        drafted=sequence.drafted,
+        accepted=sequence.accepted,
     )
 
 

@@ -67,6 +67,7 @@ class Output(msgspec.Struct, frozen=True, tag=True, kw_only=True, gc=False):
         error: ``(code, message)`` when ``finish_reason`` is ``failed``.
         times: monotonic seconds (engine clock) of arrival, first scheduling and first token,
             in the first and the last message of the choice.
+        drafted: tokens guessed ahead for the choice so far, and ``accepted`` of them.
     """
 
     request_id: str
@@ -78,6 +79,8 @@ class Output(msgspec.Struct, frozen=True, tag=True, kw_only=True, gc=False):
     cached_tokens: int = 0
     error: tuple[str, str] | None = None
     times: tuple[float, float, float] | None = None
+    drafted: int = 0
+    accepted: int = 0
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +125,8 @@ class StepStats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     prefix_queried_tokens: int
     prefix_hit_tokens: int
     preemptions: int
+    drafted: int
+    accepted: int
     model_s: float
     other_s: float
     prefill_rate_tok_s: float

@@ -110,6 +110,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         cache_salt: scope of prefix sharing; requests share KV only within one salt.
         deadline_s: seconds from arrival after which the request expires with its partial
             output kept.
+        speculate: whether the engine, where it guesses ahead at all, may do so for this one;
+            its tokens are the same either way.
     """
 
     id: str
@@ -119,3 +121,4 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = "default"
     cache_salt: str = ""
     deadline_s: float | None = None
+    speculate: Literal["off", "auto"] = "auto"

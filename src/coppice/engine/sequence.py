@@ -31,6 +31,7 @@ class Sequence:
         stop_ids: tokens that end the sequence.
         end: number of tokens at which it is full.
         sent: tokens already reported to the front end.
+        drafted: tokens guessed ahead in all its steps, and ``accepted`` of them.
     """
 
     request: Request
@@ -50,6 +51,8 @@ class Sequence:
     parked: bool = False
     cached_tokens: int = 0
     sent: int = 0
+    drafted: int = 0
+    accepted: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_token: int | None = None

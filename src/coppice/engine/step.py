@@ -65,6 +65,7 @@ class Walk:
             return False
         self.node = child
         self.path = (*self.path, child)
+        self.sequence.accepted += 1
         return True
 
 
@@ -128,6 +129,8 @@ class StepRunner:
             place = layout.add(sequence, num_rows, tree)
             if place is not None:
                 result.walks.append(Walk(sequence, place, tree))
+                if tree is not None:
+                    sequence.drafted += len(tree)
             ran.append((sequence, end))
             result.num_rows += num_rows + (0 if tree is None else len(tree))
         if not ran:
@@ -199,7 +202,9 @@ class StepRunner:
             for i, walk in enumerate(open_walks):
                 logprob = None if logprobs is None else logprobs[i]
                 fault = faults.get(i)
-                if accept(walk.sequence, tokens[i], logprob, fault) and walk.follow(tokens[i]):
+                # The walk goes first: a token that ends its sequence counts like any other.
+                follows = fault is None and walk.follow(tokens[i])
+                if accept(walk.sequence, tokens[i], logprob, fault) and follows:
                     going.append(walk)
             open_walks = going
         return chosen

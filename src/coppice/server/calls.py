@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from coppice.engine.messages import CancelReason
 from coppice.errors import CoppiceError
@@ -101,12 +102,12 @@ class Calls:
             call.cancel()
 
 
-class Observer:
+class Observer(Protocol):
     """Told when a call has ended; metrics implement it."""
 
     def call_ended(self, call: Call, outcome: Outcome) -> None:
         """Count a call."""
-        raise NotImplementedError
+        ...
 
 
 async def run(call: Call) -> AsyncGenerator[list[Delta], None]:

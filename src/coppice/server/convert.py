@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -83,6 +84,21 @@ def fit(params: SamplingParams, prompt: Sequence[int], context: int) -> Sampling
         max_tokens=params.max_tokens if params.max_tokens is not None else room,
         seed=params.seed if params.seed is not None else secrets.randbits(63),
     )
+
+
+@contextmanager
+def blaming(field: str) -> Iterator[None]:
+    """What is wrong with the prompt is wrong with the field it was made from.
+
+    Raises:
+        RequestError: with ``param`` set to ``field`` where it was ``prompt``.
+    """
+    try:
+        yield
+    except RequestError as error:
+        if error.param == "prompt":
+            error.param = field
+        raise
 
 
 def check_ids(params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:

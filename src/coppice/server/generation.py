@@ -136,6 +136,7 @@ class Generation:
                 )
         self.prompt_tokens = sum(len(request.prompt) for request in requests)
         self._cached: dict[str, int] = {}
+        self._guesses: dict[tuple[str, int], tuple[int, int]] = {}
         self.queue_s: float | None = None
         self.first_token_s: float | None = None
 
@@ -148,6 +149,16 @@ class Generation:
     def cached_tokens(self) -> int:
         """Prompt tokens that came from the prefix cache."""
         return sum(self._cached.values())
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Tokens guessed ahead so far."""
+        return sum(drafted for drafted, _ in self._guesses.values())
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Those of them that were right."""
+        return sum(accepted for _, accepted in self._guesses.values())
 
     @property
     def num_choices(self) -> int:
@@ -223,6 +234,8 @@ class Generation:
         self._cached[output.request_id] = max(
             self._cached.get(output.request_id, 0), output.cached_tokens
         )
+        if output.drafted:
+            self._guesses[output.request_id, output.index] = output.drafted, output.accepted
         if self.first_token_s is None and output.tokens:
             self.first_token_s = time.monotonic()
         if output.times is not None and self.queue_s is None:

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from starlette.types import Scope
 
 from coppice.engine.messages import StepStats
-from coppice.server.calls import Call, Observer
+from coppice.server.calls import Call
 from coppice.server.ledger import OUTCOMES, Outcome
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300,
 TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2.5)
 
 
-class Metrics(Observer):
+class Metrics:
     """Counts calls and replies, and shows the engine's figures when asked.
 
     Args:
@@ -154,6 +154,10 @@ class _Figures(Collector):
             "prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_hit_tokens
         )
         yield self._total("num_preemptions", "Sequences preempted.", stats.preemptions)
+        yield self._total("spec_decode_num_draft_tokens", "Tokens guessed ahead.", stats.drafted)
+        yield self._total(
+            "spec_decode_num_accepted_tokens", "Guessed tokens that were right.", stats.accepted
+        )
         if self._prefix == "coppice_":
             yield self._gauge("kv_pages_used", "KV pages in use.", stats.pages_used)
             yield self._gauge("kv_pages_cached", "KV pages kept for reuse.", stats.pages_cached)

@@ -65,11 +65,16 @@ class Frame:
 def usage(generation: Generation) -> dict[str, Any]:
     """Tokens read and written so far."""
     prompt, completion = generation.prompt_tokens, generation.completion_tokens
+    accepted = generation.accepted_tokens
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": generation.drafted_tokens - accepted,
+        },
     }
 
 

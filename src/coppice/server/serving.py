@@ -56,9 +56,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The names by which replies of a route are known."""
+    """The names by which a route and its replies are known; ``prompt`` is a field of its body."""
 
     path: str
+    prompt: str
     prefix: str
     object: str
     chunk_object: str
@@ -146,6 +147,7 @@ async def _requests(
                 tenant=call.key.tenant,
                 cache_salt=f"{call.key.tenant}\n{body.cache_salt or ''}",
                 deadline_s=remaining,
+                speculate=body.speculate or "auto",
             )
         )
     pages = max(-(-len(request.prompt) // facts.page_size) for request in requests)
@@ -183,7 +185,8 @@ async def answer(
     services, call, warnings = open_call(http, body, route)
     handed_over = False
     try:
-        generation = await while_connected(http.receive, admit(services, call, body, plan()))
+        with convert.blaming(route.prompt):
+            generation = await while_connected(http.receive, admit(services, call, body, plan()))
         facts = services.engine.facts
         frame = Frame(
             call,

@@ -78,7 +78,7 @@ class SamplingFields(Fields):
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     deadline_s: float | None = Field(None, gt=0, le=86400)
     cache_salt: Label | None = None
-    speculation: Literal["off", "auto"] | None = None
+    speculate: Literal["off", "auto"] | None = None
     user: Label | None = None
 
 
@@ -88,6 +88,13 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(BaseModel):
+    """What became of tokens guessed ahead."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens read and written."""
 
@@ -95,6 +102,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class ErrorDetail(BaseModel):

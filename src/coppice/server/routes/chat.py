@@ -26,7 +26,9 @@ from coppice.server.text import TextService
 from coppice.server.tools import ToolText, Turn, plan_turn
 
 router = APIRouter(route_class=BoundedRoute)
-ROUTE = Route("/v1/chat/completions", "chatcmpl", "chat.completion", "chat.completion.chunk")
+ROUTE = Route(
+    "/v1/chat/completions", "messages", "chatcmpl", "chat.completion", "chat.completion.chunk"
+)  # fmt: skip
 
 
 @router.post(ROUTE.path, response_model=ChatReply, responses=ERRORS | STREAMED)
@@ -62,7 +64,8 @@ async def render(body: ChatRequest, request: Request) -> Response:
     services.require_model(body.model)
     warnings = review(body, strict=services.config.strict_fields)
     turn = _Turn()
-    prompt, tokens = await while_connected(request.receive, _prompt(body, turn, text, facts))
+    with convert.blaming(ROUTE.prompt):
+        prompt, tokens = await while_connected(request.receive, _prompt(body, turn, text, facts))
     warnings += turn.is_.warnings
     reply: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "count": len(tokens)}
     return JSONResponse(reply | ({"warnings": warnings} if warnings else {}))

@@ -24,7 +24,7 @@ from coppice.server.stream import event
 from coppice.server.text import TextService
 
 router = APIRouter(route_class=BoundedRoute)
-ROUTE = Route("/v1/completions", "cmpl", "text_completion", "text_completion")
+ROUTE = Route("/v1/completions", "prompt", "cmpl", "text_completion", "text_completion")
 
 
 @router.post(ROUTE.path, response_model=CompletionReply, responses=ERRORS | STREAMED)
