@@ -41,7 +41,7 @@ def build_weights(
         source: its tensors.
         ops: who packs them.
         format: a float format, for matrices that are stored as floats.
-        scheme: quantize matrices to this; those stored as codes of as many bits keep them.
+        scheme: quantize matrices to this; those stored as codes of no more bits keep them.
         progress: told how far it is.
 
     Raises:
@@ -96,9 +96,9 @@ class _Formats:
         self.embedding = None if scheme is None else scheme.embedding
 
     def choose(self, stack: Stack, wanted: Format | None) -> Format:
-        """``wanted`` where the checkpoint stores something else, its own codes otherwise."""
+        """``wanted`` where the checkpoint has floats or more bits, its own codes otherwise."""
         stored = self.stored(stack)
-        if stored is None or (wanted is not None and wanted.bits != stored.bits):
+        if stored is None or (wanted is not None and wanted.bits < stored.bits):
             return wanted or self.floats
         return stored if wanted is None else with_activations(stored, wanted.activations)
 

@@ -77,7 +77,7 @@ def load_model(
         dtype: precision of weights and KV cache; ``"auto"`` keeps the checkpoint's own
             (float16 becomes float32, which alone loses nothing).
         quantization: a name of `coppice.weights.names`: float weights are rounded to it as they
-            are read; of weights stored with as many bits only the activations change. By
+            are read; of weights stored with no more bits only the activations change. By
             default weights stay as the checkpoint has them.
         ops: operators to pack for; by default the fastest on this machine.
         max_context: longest context to serve, at most the model's own.
