@@ -13,7 +13,7 @@ from torch import Tensor
 from coppice.errors import EngineError
 from coppice.kernels.formats import Format, Quantized
 
-CODE_MAX = 127
+CODE_MAX = 127.0
 """Largest activation code."""
 
 TINY = 2.0**-119
@@ -34,10 +34,11 @@ class QuantizedRows:
         x = _grouped(x.float(), group)
         most = x.abs().amax(-1)  # [T, G]
         finite, used = torch.isfinite(most), most >= TINY
-        inverse = torch.where(finite & used, CODE_MAX / most, 0.0)
+        limit = torch.full_like(most, CODE_MAX)  # a scalar would be divided by reciprocals
+        inverse = torch.where(finite & used, limit / most, 0.0)
         codes = torch.where(finite.unsqueeze(-1), x, 0.0) * inverse.unsqueeze(-1)
         self.codes = torch.round(codes)  # to even, as the processor does
-        scales = torch.where(used, most / CODE_MAX, 0.0)
+        scales = torch.where(used, most / limit, 0.0)
         self.scales = torch.where(finite, scales, torch.nan)
 
 

@@ -7,6 +7,7 @@ from coppice import kernels
 from coppice.errors import ConfigError
 from coppice.kernels.pages import page_shape
 from coppice.kernels.rows import Rows
+from tests.unit.kernels.quantizing import INT4, INT8, pack, random_weight
 
 FUSED = [name for name in kernels.available_isas() if name != "portable"]
 
@@ -35,6 +36,13 @@ def forward(ops):
     return results
 
 
+def quantized(ops):
+    """Quantized layers of every format, on row counts that take different tiles."""
+    x = torch.randn(70, 384, generator=torch.Generator().manual_seed(8))
+    layers = [pack(ops, random_weight(530, 384, fmt), fmt) for fmt in INT8 + INT4]
+    return [ops.linear(x[:n], layer) for layer in layers for n in (1, 2, 3, 5, 7, 12, 25, 70)]
+
+
 @pytest.mark.skipif(len(FUSED) < 2, reason=f"needs two fused instruction sets, has {FUSED}")
 def test_instruction_sets_agree_bit_for_bit():
     ops = kernels.get_ops(prefer="native")
@@ -47,6 +55,19 @@ def test_instruction_sets_agree_bit_for_bit():
                 assert torch.equal(want, got), (name, i)
     finally:
         kernels.set_isa(kernels.available_isas()[0])
+
+
+def test_quantized_layers_agree_bit_for_bit_even_with_portable_code():
+    ops = kernels.get_ops()
+    first = quantized(kernels.get_ops(prefer="reference"))
+    try:
+        for name in kernels.available_isas():
+            kernels.set_isa(name)
+            for i, (want, got) in enumerate(zip(first, quantized(ops), strict=True)):
+                assert torch.equal(want, got), (name, i)
+    finally:
+        for name in kernels.available_isas()[:1]:
+            kernels.set_isa(name)
 
 
 def test_repeated_calls_agree_bit_for_bit(native):

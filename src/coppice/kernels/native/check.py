@@ -8,17 +8,29 @@ milliseconds and turn a wrong answer into a slower right one.
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from coppice.kernels import _native
+from coppice.kernels.formats import Activations, Format, Quantized
 from coppice.kernels.native.ops import NativeOps
 from coppice.kernels.pages import page_shape
 from coppice.kernels.rows import Rows
 
 TOLERANCE = 1e-3
 """Far above what fused and separate rounding differ by, far below any real mistake."""
+
+_KINDS: tuple[tuple[Literal[8, 4], int, bool, Activations], ...] = (
+    (8, 0, False, "int8"),
+    (8, 32, False, "int8"),
+    (4, 32, False, "int8"),
+    (4, 128, True, "int8"),
+    (8, 0, False, "float"),
+    (4, 64, True, "float"),
+)
+"""Bits, group, zero points and activations of the quantized layers that are checked."""
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +83,26 @@ def _answers() -> list[Tensor]:
         qkv = random(num_rows, (heads + 2 * kv_heads) * dim)
         q = ops.rope_append(qkv, rows, k, v, table, num_heads=heads)
         found += [q, ops.attention(q, rows, k, v, scale=0.2), k.float(), v.float()]
+    found += _quantized_answers(ops, random(37, 128), noise)
     x = random(9, 96)
     found += [ops.rms_norm(x, random(96), eps=1e-6), ops.gated_activation(x, "silu")]
+    return found
+
+
+def _quantized_answers(ops: NativeOps, x: Tensor, noise: torch.Generator) -> list[Tensor]:
+    """Quantized layers of each kind on the first 1, 3, 8 and all rows of ``x [T, K]``."""
+    found = []
+    n, k = 40, x.shape[1]
+    for bits, group, zero_points, activations in _KINDS:
+        format = Format(
+            name="check", bits=bits, group=group, zero_points=zero_points, activations=activations
+        )
+        low, high = (-127, 128) if bits == 8 else (0, 16) if zero_points else (-8, 8)  # noqa: PLR2004
+        shape = (n, format.num_groups(k))
+        codes = torch.randint(low, high, (n, k), generator=noise, dtype=torch.int8)
+        scales = torch.rand(shape, generator=noise) / high / 8
+        zeros = torch.randint(0, 16, shape, generator=noise, dtype=torch.int8)
+        packed = ops.empty_linear(n, k, format)
+        ops.fill_linear(packed, 0, Quantized(codes, scales, zeros if zero_points else None))
+        found += [ops.linear(x[:rows], packed) for rows in (1, 3, 8, x.shape[0])]
     return found

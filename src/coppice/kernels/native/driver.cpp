@@ -1,41 +1,24 @@
 #include "driver.h"
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
 
+#include "codes.h"
 #include "parallel.h"
+#include "quantized_table.h"
+#include "tables.h"
 
 namespace coppice {
 namespace {
 
-std::vector<const Table*> tables() {
-  std::vector<const Table*> found;
-#if defined(COPPICE_X86)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#if defined(COPPICE_AVX512)
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    found.push_back(avx512_table());
-#endif
-  if (avx2) found.push_back(avx2_table());
-#if defined(COPPICE_WIDE)
-  if (avx2) found.push_back(wide_table());
-#endif
-#endif
-  found.push_back(portable_table());
-  return found;
-}
-
-std::atomic<const Table*> chosen{tables().front()};
+std::atomic<const Table*> chosen{runnable_tables().front()};
 
 }  // namespace
 
 std::vector<std::string> available() {
   std::vector<std::string> names;
-  for (const Table* t : tables()) names.emplace_back(t->name);
+  for (const Table* t : runnable_tables()) names.emplace_back(t->name);
   return names;
 }
 
@@ -48,7 +31,7 @@ void run_rows(int64_t rows, int64_t row_work, const std::function<void(int64_t r
 std::string isa() { return chosen.load()->name; }
 
 void set_isa(const std::string& name) {
-  for (const Table* t : tables()) {
+  for (const Table* t : runnable_tables()) {
     if (name == t->name) {
       chosen = t;
       return;
@@ -60,9 +43,10 @@ void set_isa(const std::string& name) {
 void linear(const Packed& w, const float* x, int64_t rows, const float* residual, float* out) {
   const Table& t = *chosen.load();
   if (rows == 0) return;
+  if (meets_codes(w)) return quantized_linear(w, x, rows, residual, out);
   LinearArgs a{w, x, residual, out, rows, 0, 0};
   const int64_t panels = (w.n + 15) / 16, threads = num_threads();
-  const bool few = rows <= t.few_rows;
+  const bool few = rows <= t.few_rows && !is_quantized(w);
   const int64_t row_blocks = few ? 1 : (rows + t.row_block - 1) / t.row_block;
   // About six tasks a thread: fine enough to end together, coarse enough to be cheap.
   const int64_t target = std::max<int64_t>(1, panels * row_blocks / (6 * threads));
@@ -87,12 +71,31 @@ void pack(const PackArgs& a) {
   });
 }
 
-void unpack(const Packed& w, float* out) { chosen.load()->unpack(w, out); }
+void pack(const PackCodesArgs& a) {
+  const int64_t first_panel = a.first / 16, last_panel = (a.first + a.count - 1) / 16;
+  const int64_t groups = a.w.group ? a.w.k / a.w.group : 1;
+  parallel(a.count > 0 ? last_panel - first_panel + 1 : 0, 0, [&](int64_t task, float*) {
+    PackCodesArgs part = a;
+    part.first = std::max(a.first, (first_panel + task) * 16);
+    part.count = std::min(a.first + a.count, (first_panel + task + 1) * 16) - part.first;
+    const int64_t skipped = part.first - a.first;
+    part.codes = a.codes + skipped * a.w.k;
+    part.scales = static_cast<const char*>(a.scales) + skipped * groups * (a.w.group ? 2 : 4);
+    if (a.zeros) part.zeros = a.zeros + skipped * groups;
+    pack_codes(part);
+  });
+}
+
+void unpack(const Packed& w, float* out) {
+  if (!is_quantized(w)) return chosen.load()->unpack(w, out);
+  for (int64_t i = 0; i < w.n; ++i) unpack_codes(w, i, out + i * w.k);
+}
 
 void gather(const Packed& w, const int32_t* token, int64_t rows, float* out) {
   for (int64_t i = 0; i < rows; ++i)
     require(token[i] >= 0 && token[i] < w.n, "token id is outside the vocabulary");
-  chosen.load()->gather(w, token, rows, out);
+  if (!is_quantized(w)) return chosen.load()->gather(w, token, rows, out);
+  for (int64_t i = 0; i < rows; ++i) unpack_codes(w, token[i], out + i * w.k);
 }
 
 void norm(const NormArgs& a) {
@@ -161,19 +164,23 @@ double read_probe(const float* memory, int64_t count, int rounds) {
   return best;
 }
 
-double fma_probe(int64_t rounds) {
-  const Table& t = *chosen.load();
-  const int64_t threads = num_threads();
-  volatile float sink = 0;
+double probe_tasks(double operations, const std::function<void()>& task) {
+  const int64_t tasks = num_threads() * 4;
   double best = 0;
   for (int i = 0; i < 3; ++i) {
     const auto begin = std::chrono::steady_clock::now();
-    parallel(threads * 4, 0, [&](int64_t, float*) { sink = t.fma_probe(rounds); });
+    parallel(tasks, 0, [&](int64_t, float*) { task(); });
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
-    const double flops = 2.0 * 16 * 12 * static_cast<double>(rounds * threads * 4);
-    best = std::max(best, flops / took.count());
+    best = std::max(best, operations * static_cast<double>(tasks) / took.count());
   }
   return best;
+}
+
+double fma_probe(int64_t rounds) {
+  const Table& t = *chosen.load();
+  volatile float sink = 0;
+  const double operations = 2.0 * 16 * 12 * static_cast<double>(rounds);
+  return probe_tasks(operations, [&] { sink = t.fma_probe(rounds); });
 }
 
 }  // namespace coppice

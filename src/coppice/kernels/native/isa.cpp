@@ -8,6 +8,8 @@
 namespace coppice {
 namespace COPPICE_ISA {
 
+extern const QuantizedTable quantized_table;  // isa_quantized.cpp
+
 // Four streams side by side, as memory controllers like it best.
 static float read_probe(const float* p, int64_t count) {
   const int64_t quarter = count / 64 * 16;
@@ -36,7 +38,7 @@ static const Table table = {
     COPPICE_ISA_NAME, W,    FEW_ROWS, ROW_BLOCK, LINEAR_FLOATS * 4, attention_bytes,
     linear,           pack, unpack, gather,  norm,              gate,
     rope,             attention, merge_spans, record_floats, read_probe, fma_probe,
-    &sampler_table,
+    &sampler_table,   &quantized_table,
 };
 
 }  // namespace COPPICE_ISA

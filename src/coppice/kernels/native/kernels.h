@@ -9,11 +9,19 @@
 namespace coppice {
 
 // How a packed weight is stored; `ops.py` has the same numbers.
-enum Store : int { STORE_F32 = 0, STORE_BF16 = 1 };
+// Quantized weights meet rows made int8 on the way, or float rows.
+enum Store : int {
+  STORE_F32 = 0,
+  STORE_BF16 = 1,
+  STORE_INT8 = 2,
+  STORE_INT4 = 3,
+  STORE_INT8_FLOAT = 4,
+  STORE_INT4_FLOAT = 5,
+};
 
 // A linear layer's weight in panels of sixteen output features, and its bias.
 struct Packed {
-  const void* data;    // [ceil(n/16)][k][16] floats
+  const void* data;    // [ceil(n/16)][k][16] floats, or codes (see quantized_table.h)
   const void* scales;  // of quantized weights, else null
   const void* zeros;   // likewise, where there are zero points
   const float* bias;   // [ceil(n/16)*16] or null
@@ -104,7 +112,8 @@ struct AttentionArgs {
   float* records = nullptr;       // [tiles * kv_heads * splits][spans][record]
 };
 
-struct SamplerTable;  // sampler.h
+struct SamplerTable;    // sampler.h
+struct QuantizedTable;  // quantized_table.h
 
 struct Table {
   const char* name;
@@ -126,6 +135,7 @@ struct Table {
   float (*read_probe)(const float*, int64_t count);
   float (*fma_probe)(int64_t rounds);  // 2 * 16 * 12 * rounds flops
   const SamplerTable* sampler;
+  const QuantizedTable* quantized;
 };
 
 constexpr int64_t TILE_QUERIES = 96;  // query vectors (rows x heads of a group) per tile
@@ -135,6 +145,8 @@ constexpr int64_t KEY_SPAN = 512;     // keys summed up apart and then merged, c
 const Table* portable_table();
 const Table* avx2_table();
 const Table* avx512_table();
+const Table* avx2vnni_table();
+const Table* avx512vnni_table();
 const Table* wide_table();  // AVX-512's shapes on AVX2, in test builds
 
 }  // namespace coppice

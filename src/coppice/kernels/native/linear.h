@@ -7,8 +7,9 @@
 // High-Performance Matrix Multiplication (TOMS 2008).
 #pragma once
 
+#include "finish.h"
 #include "kernels.h"
-#include "vec.h"
+#include "unfold.h"
 
 namespace coppice {
 namespace COPPICE_ISA {
@@ -97,24 +98,6 @@ static void multiply_all(int64_t rows, const float* x, int64_t x_stride, const T
   }
 }
 
-// Bias and residual, and the copy out of the tile where the last panel is not full.
-COPPICE_INLINE void finish(const LinearArgs& a, const float* tile, int64_t tile_stride,
-                           int64_t row, int64_t rows, int64_t panel) {
-  const int64_t column = 16 * panel, width = min64(16, a.w.n - column);
-  for (int64_t r = 0; r < rows; ++r) {
-    V16 sum = load16(tile + r * tile_stride);
-    const int64_t at = (row + r) * a.w.n + column;
-    if (a.w.bias) sum = sum + load16(a.w.bias + column);
-    if (width == 16) {
-      if (a.residual) sum = sum + load16(a.residual + at);
-      store16(a.out + at, sum);
-    } else {
-      if (a.residual) sum = sum + load_part(a.residual + at, width);
-      store_part(a.out + at, sum, width);
-    }
-  }
-}
-
 // Few rows: every weight is read once, straight from its packed form.
 template <int R, class T>
 static void few_rows(const LinearArgs& a, int64_t begin, int64_t end) {
@@ -154,18 +137,26 @@ static void few_rows_any(const LinearArgs& a, int64_t begin, int64_t end) {
   few_rows<R, T>(a, begin, end);
 }
 
-// One block of k for all rows of a task and B panels side by side. On AVX-512 a bfloat16
-// block is first unfolded to float32: there unfolding competes with the multipliers.
+struct Codes {};  // in place of an element type: a quantized weight
+
+// One block of k for all rows of a task and B panels side by side. Codes are first unfolded to
+// float32, and so is bfloat16 on AVX-512: there unfolding competes with the multipliers.
 template <int B, class T>
-static void panel_block(int64_t rows, const float* x, const T* w, int64_t panel_stride,
-                        int64_t kc, float* scratch, float* out, bool resume) {
-  if constexpr (W == 16 && sizeof(T) == 2) {
-    for (int b = 0; b < B; ++b)
-      for (int64_t j = 0; j < kc; ++j)
-        store16(scratch + (b * kc + j) * 16, load_packed(w + b * panel_stride + 16 * j));
-    multiply_all<B, float>(rows, x, X_STRIDE, scratch, kc * 16, kc, out, WIDE * 16, resume);
+static void panel_block(const Packed& w, int64_t p, int64_t k0, int64_t kc, int64_t rows,
+                        const float* x, float* scratch, float* out) {
+  const T* block = static_cast<const T*>(w.data) + (p * w.k + k0) * 16;
+  if constexpr (sizeof(T) == 4 || (W < 16 && sizeof(T) == 2)) {
+    multiply_all<B, T>(rows, x, X_STRIDE, block, w.k * 16, kc, out, WIDE * 16, k0 > 0);
   } else {
-    multiply_all<B, T>(rows, x, X_STRIDE, w, panel_stride, kc, out, WIDE * 16, resume);
+    for (int b = 0; b < B; ++b) {
+      float* to = scratch + b * kc * 16;
+      if constexpr (sizeof(T) == 2)
+        for (int64_t j = 0; j < kc; ++j)
+          store16(to + j * 16, load_packed(block + b * w.k * 16 + 16 * j));
+      else
+        unfold(w, p + b, k0, kc, to);
+    }
+    multiply_all<B, float>(rows, x, X_STRIDE, scratch, kc * 16, kc, out, WIDE * 16, k0 > 0);
   }
 }
 
@@ -176,7 +167,6 @@ static void many_rows(const LinearArgs& a, int64_t row, int64_t rows, int64_t be
   float* x = scratch;                         // [ROW_BLOCK][X_STRIDE]
   float* panel = x + ROW_BLOCK * X_STRIDE;    // [WIDE][K_BLOCK][16]
   float* sums = panel + WIDE * K_BLOCK * 16;  // [panels / WIDE][ROW_BLOCK][WIDE * 16]
-  const T* weight = static_cast<const T*>(a.w.data);
   const int64_t k = a.w.k;
   for (int64_t k0 = 0; k0 < k; k0 += K_BLOCK) {
     const int64_t kc = min64(K_BLOCK, k - k0);
@@ -184,11 +174,10 @@ static void many_rows(const LinearArgs& a, int64_t row, int64_t rows, int64_t be
       memcpy(x + r * X_STRIDE, a.x + (row + r) * k + k0, kc * sizeof(float));
     for (int64_t p = begin; p < end; p += WIDE) {
       float* out = sums + (p - begin) * ROW_BLOCK * 16;
-      const T* w = weight + (p * k + k0) * 16;
       if (end - p >= WIDE)
-        panel_block<WIDE, T>(rows, x, w, k * 16, kc, panel, out, k0 > 0);
+        panel_block<WIDE, T>(a.w, p, k0, kc, rows, x, panel, out);
       else
-        panel_block<1, T>(rows, x, w, k * 16, kc, panel, out, k0 > 0);
+        panel_block<1, T>(a.w, p, k0, kc, rows, x, panel, out);
     }
   }
   for (int64_t p = begin; p < end; ++p) {
@@ -206,12 +195,13 @@ static void linear(const LinearArgs& a, int64_t task, float* scratch) {
   const int64_t begin = task % a.panel_groups * a.panels_per_task;
   const int64_t end = min64(panels, begin + a.panels_per_task);
   const bool is_bf16 = a.w.format == STORE_BF16;
-  if (a.rows <= FEW_ROWS) {
+  if (a.rows <= FEW_ROWS && !is_quantized(a.w)) {
     if (is_bf16) return few_rows_any<bf16>(a, begin, end);
     return few_rows_any<float>(a, begin, end);
   }
   const int64_t row = task / a.panel_groups * ROW_BLOCK;
   const int64_t rows = min64(ROW_BLOCK, a.rows - row);
+  if (is_quantized(a.w)) return many_rows<Codes>(a, row, rows, begin, end, scratch);
   if (is_bf16) return many_rows<bf16>(a, row, rows, begin, end, scratch);
   many_rows<float>(a, row, rows, begin, end, scratch);
 }

@@ -53,7 +53,17 @@ void bind_linear(nb::module_& m) {
   m.def(
       "pack",
       [](const coppice::Packed& w, Address source, bool source_bf16, int64_t first,
-         int64_t count) { coppice::pack({w, at<void>(source), first, count, source_bf16}); },
+         int64_t count) {
+        coppice::pack(coppice::PackArgs{w, at<void>(source), first, count, source_bf16});
+      },
+      Unlocked());
+  m.def(
+      "pack_codes",
+      [](const coppice::Packed& w, Address codes, Address scales, Address zeros, int64_t first,
+         int64_t count) {
+        coppice::pack(coppice::PackCodesArgs{w, at<int8_t>(codes), at<void>(scales),
+                                             at<int8_t>(zeros), first, count});
+      },
       Unlocked());
   m.def(
       "unpack", [](const coppice::Packed& w, Address out) { coppice::unpack(w, at(out)); },
@@ -152,6 +162,7 @@ NB_MODULE(_native, m) {
       },
       Unlocked());
   m.def("fma_probe", &coppice::fma_probe, Unlocked());
+  m.def("int8_probe", &coppice::int8_probe, Unlocked());
   bind_linear(m);
   bind_elementwise(m);
   bind_attention(m);

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coppice.errors import EngineError
 from coppice.kernels import _native
-from coppice.kernels.formats import Format, Quantized, float_format
+from coppice.kernels.formats import GROUPS, Activations, Format, Quantized, float_format
 from coppice.kernels.interface import Activation, QKNorm
 from coppice.kernels.native.program import NativeProgram
 from coppice.kernels.native.tensors import ACTIVATIONS, QK_NORMS, cache_of, ready
@@ -29,19 +29,31 @@ HUGE_BYTES = 4 << 20
 FILL_ROWS = 512
 """Rows converted at a time while packing a tensor of a foreign type or stride."""
 
-_STORES = {32: 0, 16: 1}
-"""`Store` of kernels.h, by bits."""
+_STORES: dict[tuple[int, Activations], int] = {
+    (32, "float"): 0,
+    (16, "float"): 1,
+    (8, "int8"): 2,
+    (4, "int8"): 3,
+    (8, "float"): 4,
+    (4, "float"): 5,
+}
+"""`Store` of kernels.h, by bits and activations."""
 
 
 @dataclass(slots=True)
 class NativePacked:
-    """A weight in panels, ``[ceil(N / 16)][K][16]``, and its bias padded alike.
+    """A weight in panels of 16 output features, and its bias padded alike.
 
     Attributes:
+        data: floats, ``[ceil(N / 16)][K][16]``, or codes (layouts: native/quantized_table.h).
+        scales: of a quantized weight.
+        zeros: of a quantized weight with zero points.
         native: the addresses, for the extension; valid as long as this object lives.
     """
 
     data: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
     bias: Tensor | None
     out_features: int
     in_features: int
@@ -51,7 +63,8 @@ class NativePacked:
     @property
     def nbytes(self) -> int:
         """Bytes held, padding included."""
-        return self.data.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        held = (self.data, self.scales, self.zeros, self.bias)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 class NativeOps:
@@ -67,31 +80,33 @@ class NativeOps:
         self, out_features: int, in_features: int, format: Format, *, bias: bool = False
     ) -> NativePacked:
         """See `Ops.empty_linear`."""
-        if format.bits not in _STORES:
-            raise EngineError(
-                f"The native kernels do not know format {format.name} yet; use the reference ones."
-            )
+        _check_format(format, in_features)
         padded = -(-out_features // LANES) * LANES
-        data = torch.empty(padded * in_features, dtype=format.dtype)
+        width = in_features
+        scales = zeros = None
+        if format.quantized:
+            count = padded * format.num_groups(in_features)
+            scales = torch.zeros(count, dtype=format.scale_dtype)
+            zeros = torch.zeros(count, dtype=torch.uint8) if format.zero_points else None
+            width = -(-width // format.activation_group) * format.activation_group
+            width = width * format.bits // 8
+        data = torch.empty(padded * width, dtype=format.dtype)
         if data.nbytes >= HUGE_BYTES:
             _native.advise_huge(data.data_ptr(), data.nbytes)
         data.zero_()
         bias_row = torch.zeros(padded) if bias else None
+        parts = (data, scales, zeros, bias_row)
         return NativePacked(
-            data=data,
-            bias=bias_row,
+            *parts,
             out_features=out_features,
             in_features=in_features,
             format=format,
             native=_native.Packed(
-                data.data_ptr(),
-                0,
-                0,
-                0 if bias_row is None else bias_row.data_ptr(),
+                *(0 if part is None else part.data_ptr() for part in parts),
                 out_features,
                 in_features,
                 format.group,
-                _STORES[format.bits],
+                _STORES[format.bits, format.activations],
             ),
         )
 
@@ -103,17 +118,14 @@ class NativeOps:
         bias: Tensor | None = None,
     ) -> None:
         """See `Ops.fill_linear`."""
-        if isinstance(weight, Quantized):
-            raise EngineError(f"A layer of format {packed.format.name} takes float weights.")
-        rows, width = weight.shape
+        values = weight.codes if isinstance(weight, Quantized) else weight
+        rows, width = values.shape
         if width != packed.in_features or row + rows > packed.out_features:
             raise EngineError(f"A {rows}x{width} part does not fit its layer at row {row}.")
-        for first in range(0, rows, FILL_ROWS):
-            part = weight[first : first + FILL_ROWS].contiguous()
-            if part.dtype not in (torch.float32, torch.bfloat16):
-                part = part.float()
-            is_bf16 = part.dtype == torch.bfloat16
-            _native.pack(packed.native, part.data_ptr(), is_bf16, row + first, part.shape[0])
+        if isinstance(weight, Quantized):
+            _fill_codes(packed, row, weight)
+        else:
+            _fill_floats(packed, row, weight)
         if bias is not None:
             if packed.bias is None:
                 raise EngineError("The layer was made without a bias.")
@@ -131,7 +143,7 @@ class NativeOps:
         """See `Ops.unpack_linear`."""
         out = torch.empty(packed.out_features, packed.in_features)
         _native.unpack(packed.native, out.data_ptr())
-        return out.to(packed.format.dtype)
+        return out if packed.format.quantized else out.to(packed.format.dtype)
 
     def linear(self, x: Tensor, packed: NativePacked, *, residual: Tensor | None = None) -> Tensor:
         """See `Ops.linear`."""
@@ -278,3 +290,55 @@ class NativeOps:
             )
             self._rows = rows
         return self._row_arrays
+
+
+def _check_format(format: Format, in_features: int) -> None:
+    """Refuse a format the kernels do not know, or a width its groups do not divide."""
+    known = (format.bits, format.activations) in _STORES
+    if format.quantized:
+        known &= format.group in ((0, *GROUPS) if format.bits == 8 else GROUPS)  # noqa: PLR2004
+        known &= not (format.zero_points and format.bits == 8)  # noqa: PLR2004
+    if not known:
+        raise EngineError(
+            f"The native kernels do not know format {format.name}; choose the reference ones."
+        )
+    if format.group and in_features % format.group:
+        raise EngineError(
+            f"Format {format.name} needs inputs in groups of {format.group}, "
+            f"{in_features} are no multiple of that."
+        )
+
+
+def _fill_floats(packed: NativePacked, row: int, weight: Tensor) -> None:
+    """Pack float rows of any type and stride."""
+    if packed.format.quantized:
+        raise EngineError(f"A layer of format {packed.format.name} takes quantized weights.")
+    for first in range(0, weight.shape[0], FILL_ROWS):
+        part = weight[first : first + FILL_ROWS].contiguous()
+        if part.dtype not in (torch.float32, torch.bfloat16):
+            part = part.float()
+        is_bf16 = part.dtype == torch.bfloat16
+        _native.pack(packed.native, part.data_ptr(), is_bf16, row + first, part.shape[0])
+
+
+def _fill_codes(packed: NativePacked, row: int, weight: Quantized) -> None:
+    """Pack codes, scales (rounded to the stored type) and zero points."""
+    codes = weight.codes.contiguous()
+    shape = (codes.shape[0], packed.format.num_groups(packed.in_features))
+    scales = weight.scales.to(packed.format.scale_dtype).contiguous()
+    zeros = None if weight.zeros is None else weight.zeros.contiguous()
+    fits = codes.dtype == torch.int8 and scales.shape == shape
+    if packed.format.zero_points != (zeros is not None):
+        fits = False
+    if zeros is not None and (zeros.shape != shape or zeros.dtype != torch.int8):
+        fits = False
+    if not (fits and packed.format.quantized):
+        raise EngineError(f"A layer of format {packed.format.name} takes other codes or scales.")
+    _native.pack_codes(
+        packed.native,
+        codes.data_ptr(),
+        scales.data_ptr(),
+        0 if zeros is None else zeros.data_ptr(),
+        row,
+        shape[0],
+    )

@@ -157,6 +157,26 @@ COPPICE_INLINE V16 load_part(const bf16* p, int64_t n) {
   return load16(s);
 }
 
+// Sixteen float16 values, exactly.
+COPPICE_INLINE V16 load_half(const uint16_t* p) {
+  V16 r;
+#if defined(__AVX512F__)
+  r.v[0] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && !defined(COPPICE_WIDE)
+  COPPICE_EACH r.v[i] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + W * i)));
+#else
+  typedef uint16_t vs __attribute__((vector_size(2 * W)));
+  COPPICE_EACH {
+    vs half;
+    memcpy(&half, p + W * i, sizeof(half));
+    const vu bits = __builtin_convertvector(half, vu);
+    const vf size = (vf)((bits & 0x7fff) << 13) * vsplat(0x1p112f);
+    r.v[i] = (vf)((vu)size | (bits & 0x8000) << 16);
+  }
+#endif
+  return r;
+}
+
 // Sixteen bfloat16 of a packed panel: place 2i holds lane i, place 2i+1 holds lane 8+i, so
 // a shift and a mask unfold them without shuffling (see docs/internals/kernels.md).
 COPPICE_INLINE V16 load_packed(const float* p) { return load16(p); }

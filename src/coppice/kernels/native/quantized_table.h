@@ -1,0 +1,64 @@
+// What the instruction-set builds offer for quantized weights.
+//
+// Layouts, P = ceil(n / 16) panels of sixteen output features:
+//   int8 codes   [P][k / 4][16][4]
+//   int4 codes   [P][k / 8][16][4], low nibbles inputs 0 to 3, high nibbles 4 to 7, unsigned:
+//                without zero points 8 is added
+//   scales       float16 [P][k / group][16], or float32 [P][16] for one per output feature
+//   zero points  uint8 [P][k / group][16]
+// Without groups k is filled up with zero codes to a multiple of 64.
+#pragma once
+
+#include "kernels.h"
+
+namespace coppice {
+
+constexpr int64_t CHANNEL_GROUP = 64;  // inputs per activation scale where k has one group
+
+// Rows of a batch as int8 codes; the order of bytes is the instruction set's own.
+struct CodeRows {
+  int8_t* codes;      // [rows][stride]
+  float* scale;       // [rows][groups], NaN where a group holds a NaN or an infinity
+  int32_t* sum;       // [rows][groups] of codes
+  int64_t stride, groups, group;
+};
+
+struct QuantizeArgs {
+  const float* x;  // [rows, k]
+  int64_t k;
+  CodeRows to;
+};
+
+struct CodesArgs {
+  Packed w;
+  CodeRows x;
+  const float* residual;  // [rows, n] or null
+  float* out;             // [rows, n]
+  int64_t rows;
+  int64_t row_blocks, panels_per_task;  // task = panel task * row_blocks + row block
+};
+
+struct QuantizedTable {
+  int64_t tile_rows;    // rows of a register tile
+  int64_t row_block;    // rows of a task, at most
+  int64_t code_stride;  // bytes per input of a row
+  void (*quantize)(const QuantizeArgs&, int64_t row);
+  void (*multiply)(const CodesArgs&, int64_t task);
+  int32_t (*int8_probe)(int64_t rounds);  // 2 * 16 * 4 * 96 * rounds operations
+};
+
+inline bool is_quantized(const Packed& w) { return w.format >= STORE_INT8; }
+// Whether rows are made int8 too.
+inline bool meets_codes(const Packed& w) {
+  return w.format == STORE_INT8 || w.format == STORE_INT4;
+}
+inline bool is_int4(const Packed& w) {
+  return w.format == STORE_INT4 || w.format == STORE_INT4_FLOAT;
+}
+// Inputs held per output feature, those filled up included.
+inline int64_t held_inputs(const Packed& w) {
+  return w.group ? w.k : (w.k + CHANNEL_GROUP - 1) / CHANNEL_GROUP * CHANNEL_GROUP;
+}
+inline int64_t panel_bytes(const Packed& w) { return held_inputs(w) * (is_int4(w) ? 8 : 16); }
+
+}  // namespace coppice
