@@ -61,20 +61,24 @@ void pack_codes(const PackCodesArgs& a) {
 }
 
 void unpack_codes(const Packed& w, int64_t n, float* out) {
-  const int8_t* data = static_cast<const int8_t*>(w.data);
-  for (int64_t j = 0; j < w.k; ++j) {
-    const int64_t g = w.group ? group_place(w, n, j / w.group) : 0;
+  const int64_t group = w.group ? w.group : w.k, per_line = is_int4(w) ? 8 : 4;
+  for (int64_t k = 0; k < w.k; k += group) {
+    const int64_t g = w.group ? group_place(w, n, k / group) : n;
     const float scale = w.group ? from_half(static_cast<const uint16_t*>(w.scales)[g])
-                                : static_cast<const float*>(w.scales)[n];
-    int code;
+                                : static_cast<const float*>(w.scales)[g];
+    const int zero = w.zeros ? static_cast<const uint8_t*>(w.zeros)[g] : 8;
+    const int8_t* line = static_cast<const int8_t*>(w.data) + place(w, n, k / per_line);
     if (is_int4(w)) {
-      const int byte = static_cast<uint8_t>(data[place(w, n, j / 8) + j % 4]);
-      code = (j % 8 < 4 ? byte & 15 : byte >> 4) -
-             (w.zeros ? static_cast<const uint8_t*>(w.zeros)[g] : 8);
+      for (int64_t j = k; j < k + group; j += 8, line += 64)
+        for (int i = 0; i < 4; ++i) {
+          const int byte = static_cast<uint8_t>(line[i]);
+          out[j + i] = static_cast<float>((byte & 15) - zero) * scale;
+          out[j + 4 + i] = static_cast<float>((byte >> 4) - zero) * scale;
+        }
     } else {
-      code = data[place(w, n, j / 4) + j % 4];
+      for (int64_t j = k; j < k + group; ++j)
+        out[j] = static_cast<float>(line[(j - k) / 4 * 64 + (j - k) % 4]) * scale;
     }
-    out[j] = static_cast<float>(code) * scale;
   }
 }
 

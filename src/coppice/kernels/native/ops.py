@@ -23,8 +23,11 @@ from coppice.kernels.rows import Rows
 LANES = 16
 """Output features of a packed panel; layers are padded to a multiple."""
 
-HUGE_BYTES = 4 << 20
-"""Packed weights of at least this size ask the kernel for huge pages."""
+ARENA_BYTES = 32 << 20
+"""Packed weights are laid side by side in huge pages of arenas of this size."""
+
+ALIGNMENT = 64
+"""Bytes; one cache line."""
 
 FILL_ROWS = 512
 """Rows converted at a time while packing a tensor of a foreign type or stride."""
@@ -73,6 +76,7 @@ class NativeOps:
     def __init__(self) -> None:
         self.name = f"native {_native.isa()}"
         self.device = torch.device("cpu")
+        self._arena = torch.empty(0, dtype=torch.uint8)
         self._rows: Rows | None = None
         self._row_arrays: _native.RowArrays | None = None
 
@@ -86,14 +90,11 @@ class NativeOps:
         scales = zeros = None
         if format.quantized:
             count = padded * format.num_groups(in_features)
-            scales = torch.zeros(count, dtype=format.scale_dtype)
-            zeros = torch.zeros(count, dtype=torch.uint8) if format.zero_points else None
+            scales = self._zeros(count, format.scale_dtype)
+            zeros = self._zeros(count, torch.uint8) if format.zero_points else None
             width = -(-width // format.activation_group) * format.activation_group
             width = width * format.bits // 8
-        data = torch.empty(padded * width, dtype=format.dtype)
-        if data.nbytes >= HUGE_BYTES:
-            _native.advise_huge(data.data_ptr(), data.nbytes)
-        data.zero_()
+        data = self._zeros(padded * width, format.dtype)
         bias_row = torch.zeros(padded) if bias else None
         parts = (data, scales, zeros, bias_row)
         return NativePacked(
@@ -265,6 +266,20 @@ class NativeOps:
     def compile(self, decoder: DecoderProgram) -> NativeProgram:
         """See `Ops.compile`."""
         return NativeProgram(decoder, self.row_arrays)
+
+    def _zeros(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Zeros in huge pages: weights are streamed whole, page walks would cost a quarter.
+
+        Small weights share an arena, which lives as long as one of them does; what nobody took
+        of it was never touched and is not resident.
+        """
+        size_bytes = -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        if size_bytes > self._arena.numel():
+            self._arena = torch.empty(max(ARENA_BYTES, size_bytes), dtype=torch.uint8)
+            _native.advise_huge(self._arena.data_ptr(), self._arena.nbytes)
+        taken = self._arena[: count * dtype.itemsize]
+        self._arena = self._arena[size_bytes:]
+        return taken.view(dtype).zero_()
 
     def row_arrays(self, rows: Rows) -> _native.RowArrays:
         """Addresses of the step's arrays, made once per step (layers share them)."""

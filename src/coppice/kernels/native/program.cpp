@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "driver.h"
+#include "quantized_table.h"
 #include "sampler.h"
 
 namespace coppice {
@@ -36,17 +37,6 @@ void pick(const float* x, const int32_t* wanted, int64_t count, int64_t n, float
 }
 
 constexpr int64_t HEAD_PIECE = 16384;  // output features of the head at a time
-
-// Output features from `first` on, HEAD_PIECE of them where the format's layout is known here.
-Packed head_piece(const Packed& w, int64_t first) {
-  if (w.format != STORE_F32 && w.format != STORE_BF16) return w;
-  Packed part = w;
-  const int64_t item = w.format == STORE_BF16 ? 2 : 4;
-  part.data = static_cast<const char*>(w.data) + first * w.k * item;
-  if (w.bias) part.bias = w.bias + first;
-  part.n = std::min(HEAD_PIECE, w.n - first);
-  return part;
-}
 
 // The largest logit of a row that is looked at piece by piece.
 struct Largest {
@@ -190,7 +180,7 @@ void Program::run_greedy(const Step& step, int64_t vocabulary, int32_t* token) {
   const float* x = hidden(step);
   std::vector<Largest> found(step.num_wanted);
   for (int64_t first = 0; first < shape_.head.n;) {
-    const Packed piece = head_piece(shape_.head, first);
+    const Packed piece = output_features(shape_.head, first, HEAD_PIECE);
     float* logits = logits_.room(step.num_wanted * piece.n);
     linear(piece, x, step.num_wanted, nullptr, logits);
     parallel_rows(step.num_wanted, piece.n, 0, [&](int64_t row, float*) {

@@ -13,15 +13,12 @@
 namespace coppice {
 namespace COPPICE_ISA {
 
-// Rows of a register tile, and panels beside each other in a full one.
-constexpr int TILE_ROWS = W == 16 ? 12 : W == 8 ? 4 : 2;
-constexpr int TILE_PANELS = W == 16 ? 2 : 1;
+constexpr int TILE_ROWS = W == 16 ? 12 : W == 8 ? 4 : 2;  // of a register tile
 constexpr int64_t CODE_ROW_BLOCK = W == 16 ? 96 : 64;  // their codes stay in L2
 
-constexpr int panels_beside(int rows) {
-  const int budget = (W == 16 ? 24 : 8) / (rows * NV);
-  return budget >= 4 ? 4 : budget >= 2 ? 2 : 1;
-}
+// Panels of a register tile. One row does best with four streams from memory and the
+// processor's own prefetching, more rows with one (two on AVX-512) fetched ahead in code.
+constexpr int panels_beside(int rows) { return rows == 1 ? 4 : W == 16 ? 2 : 1; }
 
 // One row to codes: per group `amax / 127` as scale and the nearest multiples of it.
 static void quantize(const QuantizeArgs& a, int64_t row) {
@@ -67,7 +64,8 @@ static void quantize(const QuantizeArgs& a, int64_t row) {
   }
 }
 
-// Which lines of the weights to come a tile fetches ahead: every `every`th, from `first`.
+// Which lines of the weights to come a tile fetches ahead: those of every `every`th block of
+// inputs, from block `first`.
 struct Ahead {
   int64_t bytes, every, first;
 };
@@ -104,7 +102,7 @@ static void code_tile(const CodesArgs& a, int64_t row, int64_t panel, Ahead ahea
       }
     }
     for (int64_t k = 0; k < a.x.group; k += 32) {
-      if (turn == 0) {
+      if (R > 1 && turn == 0) {
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b)
 #pragma GCC unroll 8

@@ -13,6 +13,8 @@
 
 namespace coppice {
 
+// Functions here are static: of an inline one the linker keeps a single copy, perhaps one
+// compiled for a newer machine.
 constexpr int64_t CHANNEL_GROUP = 64;  // inputs per activation scale where k has one group
 
 // Rows of a batch as int8 codes; the order of bytes is the instruction set's own.
@@ -47,18 +49,34 @@ struct QuantizedTable {
   int32_t (*int8_probe)(int64_t rounds);  // 2 * 16 * 4 * 96 * rounds operations
 };
 
-inline bool is_quantized(const Packed& w) { return w.format >= STORE_INT8; }
+static inline bool is_quantized(const Packed& w) { return w.format >= STORE_INT8; }
 // Whether rows are made int8 too.
-inline bool meets_codes(const Packed& w) {
+static inline bool meets_codes(const Packed& w) {
   return w.format == STORE_INT8 || w.format == STORE_INT4;
 }
-inline bool is_int4(const Packed& w) {
+static inline bool is_int4(const Packed& w) {
   return w.format == STORE_INT4 || w.format == STORE_INT4_FLOAT;
 }
 // Inputs held per output feature, those filled up included.
-inline int64_t held_inputs(const Packed& w) {
+static inline int64_t held_inputs(const Packed& w) {
   return w.group ? w.k : (w.k + CHANNEL_GROUP - 1) / CHANNEL_GROUP * CHANNEL_GROUP;
 }
-inline int64_t panel_bytes(const Packed& w) { return held_inputs(w) * (is_int4(w) ? 8 : 16); }
+static inline int64_t panel_bytes(const Packed& w) {
+  if (is_quantized(w)) return held_inputs(w) * (is_int4(w) ? 8 : 16);
+  return w.k * 16 * (w.format == STORE_BF16 ? 2 : 4);
+}
+
+// Output features first .. first + count (or fewer, at the end) of any weight; `first` is a
+// multiple of sixteen.
+static inline Packed output_features(const Packed& w, int64_t first, int64_t count) {
+  Packed part = w;
+  const int64_t groups = w.group ? w.k / w.group : 1, scale_bytes = w.group ? 2 : 4;
+  part.data = static_cast<const char*>(w.data) + first / 16 * panel_bytes(w);
+  if (w.scales) part.scales = static_cast<const char*>(w.scales) + first * groups * scale_bytes;
+  if (w.zeros) part.zeros = static_cast<const char*>(w.zeros) + first * groups;
+  if (w.bias) part.bias = w.bias + first;
+  part.n = count < w.n - first ? count : w.n - first;
+  return part;
+}
 
 }  // namespace coppice
