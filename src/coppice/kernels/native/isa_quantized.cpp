@@ -30,7 +30,7 @@ static int32_t int8_probe(int64_t rounds) {
 
 extern const QuantizedTable quantized_table;
 const QuantizedTable quantized_table = {
-    TILE_ROWS, CODE_ROW_BLOCK, X_BYTES, quantize, multiply, int8_probe,
+    CODE_ROW_BLOCK, X_BYTES, quantize, multiply, int8_probe,
 };
 
 }  // namespace COPPICE_ISA

@@ -13,8 +13,6 @@
 
 namespace coppice {
 
-// Functions here are static: of an inline one the linker keeps a single copy, perhaps one
-// compiled for a newer machine.
 constexpr int64_t CHANNEL_GROUP = 64;  // inputs per activation scale where k has one group
 
 // Rows of a batch as int8 codes; the order of bytes is the instruction set's own.
@@ -41,7 +39,6 @@ struct CodesArgs {
 };
 
 struct QuantizedTable {
-  int64_t tile_rows;    // rows of a register tile
   int64_t row_block;    // rows of a task, at most
   int64_t code_stride;  // bytes per input of a row
   void (*quantize)(const QuantizeArgs&, int64_t row);
@@ -49,6 +46,8 @@ struct QuantizedTable {
   int32_t (*int8_probe)(int64_t rounds);  // 2 * 16 * 4 * 96 * rounds operations
 };
 
+// Functions here are static: of an inline one the linker keeps a single copy, perhaps one
+// compiled for a newer machine.
 static inline bool is_quantized(const Packed& w) { return w.format >= STORE_INT8; }
 // Whether rows are made int8 too.
 static inline bool meets_codes(const Packed& w) {
