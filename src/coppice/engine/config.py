@@ -109,6 +109,11 @@ class EngineConfig(RoomConfig):
         minimum=0,
         maximum=2**63 - 1,
     )
+    keep_packed: bool = setting(
+        True,
+        "Keep packed weights of all but small models in the cache folder: later starts map them "
+        "instead of packing again.",
+    )
     speculate: Speculate = setting(
         "off",
         "Guess ahead and verify several tokens in one step, without changing any answer: "

@@ -62,6 +62,7 @@ def load_engine_model(config: EngineConfig) -> EngineModel:
         dtype=config.dtype,
         quantization=None if config.quantization == "none" else config.quantization,
         max_context=config.context_length,
+        cache=config.cache_folder if config.keep_packed else None,
     )
     tokenizer = tokenizer_of(loaded)
     check_vocabulary(loaded.config, tokenizer.vocab_size)

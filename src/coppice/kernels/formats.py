@@ -9,11 +9,14 @@ the result depends neither on the batch nor on the instruction set.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from coppice.errors import EngineError
 
 Activations = Literal["float", "int8"]
 
@@ -97,3 +100,23 @@ class Quantized(NamedTuple):
         if self.zeros is not None:
             codes = codes - self.zeros.float().unsqueeze(-1)
         return (codes * self.scales.unsqueeze(-1)).view(n, k)
+
+
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Types and shapes of a packed layer's tensors, by role."""
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """What `check_shapes` compares."""
+    return {role: (tensor.dtype, tuple(tensor.shape)) for role, tensor in tensors.items()}
+
+
+def check_shapes(tensors: Mapping[str, Tensor], wanted: Shapes) -> None:
+    """Refuse tensors that are not what a layer is made of.
+
+    Raises:
+        EngineError: a role is missing or too many, or its type or shape differs.
+    """
+    found = shapes_of(tensors)
+    if found != wanted:
+        raise EngineError(f"A layer is made of {dict(wanted)}, not of {dict(found)}.")

@@ -11,6 +11,7 @@ chunked.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -50,6 +51,24 @@ class Ops(Protocol):
 
         Raises:
             EngineError: groups do not divide the width, or this backend lacks the format.
+        """
+        ...
+
+    def linear_tensors(self, packed: PackedLinear) -> dict[str, Tensor]:
+        """The tensors a packed layer is made of, by role; not copies."""
+        ...
+
+    def adopt_linear(
+        self,
+        out_features: int,
+        in_features: int,
+        format: Format,
+        tensors: Mapping[str, Tensor],
+    ) -> PackedLinear:
+        """The layer that `linear_tensors` was asked of, from such tensors; not copied.
+
+        Raises:
+            EngineError: they are not what a layer of this shape and format is made of.
         """
         ...
 

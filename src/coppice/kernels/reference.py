@@ -7,6 +7,7 @@ with zeros, and attention runs one row at a time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coppice.kernels import quantized_reference as quantized
-from coppice.kernels.formats import Format, Quantized, float_format
+from coppice.kernels.formats import (
+    Format,
+    Quantized,
+    check_shapes,
+    float_format,
+    shapes_of,
+)
 from coppice.kernels.interface import Activation, QKNorm
 from coppice.kernels.pages import page_size_of, read_keys, read_values, write_keys, write_values
 from coppice.kernels.program import DecoderProgram
@@ -72,6 +79,29 @@ class ReferenceOps:
             weight = torch.zeros(shape, dtype=format.dtype, device=self.device)
         bias_row = torch.zeros(out_features, device=self.device) if bias else None
         return ReferencePacked(weight, bias_row, format)
+
+    def linear_tensors(self, packed: ReferencePacked) -> dict[str, Tensor]:
+        """See `Ops.linear_tensors`."""
+        weight = packed.weight
+        parts = weight._asdict() if isinstance(weight, Quantized) else {"weight": weight}
+        return {k: v for k, v in {**parts, "bias": packed.bias}.items() if v is not None}
+
+    def adopt_linear(
+        self,
+        out_features: int,
+        in_features: int,
+        format: Format,
+        tensors: Mapping[str, Tensor],
+    ) -> ReferencePacked:
+        """See `Ops.adopt_linear`."""
+        packed = self.empty_linear(out_features, in_features, format, bias="bias" in tensors)
+        check_shapes(tensors, shapes_of(self.linear_tensors(packed)))
+        weight: Tensor | Quantized
+        if format.quantized:
+            weight = Quantized(tensors["codes"], tensors["scales"], tensors.get("zeros"))
+        else:
+            weight = tensors["weight"]
+        return ReferencePacked(weight, tensors.get("bias"), format)
 
     def fill_linear(
         self,

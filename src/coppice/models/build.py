@@ -12,6 +12,7 @@ from coppice.kernels.interface import Ops
 from coppice.models.config import ModelConfig
 from coppice.models.mlp import FeedForward, GatedMLP
 from coppice.models.moe import ExpertMixture
+from coppice.models.packs import Packs
 from coppice.models.plan import DecoderPlan, LayerPlan, Stack, bias_of, check_plan, make_plan
 from coppice.models.source import TensorSource
 from coppice.models.weights import DecoderWeights, LayerWeights
@@ -30,6 +31,7 @@ def build_weights(
     *,
     format: Format,
     scheme: Scheme | None = None,
+    packs: Packs | None = None,
     progress: Progress | None = None,
 ) -> DecoderWeights:
     """Check the whole checkpoint against ``config``, then read and pack it.
@@ -42,6 +44,7 @@ def build_weights(
         ops: who packs them.
         format: a float format, for matrices that are stored as floats.
         scheme: quantize matrices to this; those stored as codes of no more bits keep them.
+        packs: matrices packed before are taken from there, new ones are left there.
         progress: told how far it is.
 
     Raises:
@@ -49,9 +52,12 @@ def build_weights(
     """
     plan = make_plan(config, set(source.names()))
     check_plan(plan, source)
-    _check_tie(plan, source)
+    packs = packs or Packs()
+    if not packs.complete:  # it was looked at when they were made
+        _check_tie(plan, source)
     formats = _Formats(source, format, scheme)
-    return _Builder(config, source, ops, formats, _Meter(plan, format, progress)).decoder(plan)
+    meter = _Meter(plan, format, progress)
+    return _Builder(config, source, ops, formats=formats, packs=packs, meter=meter).decoder(plan)
 
 
 def _check_tie(plan: DecoderPlan, source: TensorSource) -> None:
@@ -112,12 +118,20 @@ class _Builder:
     """Reads what a plan asks for."""
 
     def __init__(
-        self, config: ModelConfig, source: TensorSource, ops: Ops, formats: _Formats, meter: _Meter
+        self,
+        config: ModelConfig,
+        source: TensorSource,
+        ops: Ops,
+        *,
+        formats: _Formats,
+        packs: Packs,
+        meter: _Meter,
     ) -> None:
         self._config = config
         self._source = source
         self._ops = ops
         self._formats = formats
+        self._packs = packs
         self._meter = meter
         self._native = source.native_dtype()
         self._whole: tuple[str, Tensor] | None = None
@@ -172,14 +186,18 @@ class _Builder:
         return self._pack(stack, self._formats.choose(stack, wanted))
 
     def _pack(self, stack: Stack, format: Format) -> Linear:
-        return Linear.pack(
-            self._ops,
-            stack.name,
-            self._parts(stack, format),
-            shape=(stack.out_features, stack.in_features),
-            format=format,
-            bias=stack.bias,
+        shape = (stack.out_features, stack.in_features)
+        name = stack.name if stack.expert is None else f"{stack.name}[{stack.expert}]"
+        kept = self._packs.find(name, format)
+        if kept is not None:
+            self._meter.add(stack.out_features * stack.in_features)
+            return Linear.from_tensors(self._ops, stack.name, shape, format, kept)
+        parts = self._parts(stack, format)
+        linear = Linear.pack(
+            self._ops, stack.name, parts, shape=shape, format=format, bias=stack.bias
         )
+        self._packs.keep(name, linear)
+        return linear
 
     def _parts(self, stack: Stack, format: Format) -> Iterator[Part]:
         stored = self._formats.stored(stack)

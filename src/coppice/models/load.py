@@ -20,6 +20,7 @@ from coppice.models.checkpoint import Checkpoint, open_folder
 from coppice.models.config import ModelConfig
 from coppice.models.decoder import Decoder
 from coppice.models.locate import BUNDLED, locate
+from coppice.models.packs import open_packs
 from coppice.models.plan import make_plan
 from coppice.models.quantized.source import NAME_KEY
 from coppice.models.registry import read_config
@@ -30,6 +31,10 @@ from coppice.weights.names import scheme as named_scheme
 
 DType = Literal["auto", "float32", "bfloat16"]
 _FORMATS: dict[str, Format] = {"float32": F32, "bfloat16": BF16}
+
+
+PACKED_FROM = 32_000_000
+"""Parameters from which packed weights are worth keeping; smaller models pack in no time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +73,7 @@ def load_model(
     quantization: str | None = None,
     ops: Ops | None = None,
     max_context: int | None = None,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a decoder.
@@ -81,6 +87,7 @@ def load_model(
             default weights stay as the checkpoint has them.
         ops: operators to pack for; by default the fastest on this machine.
         max_context: longest context to serve, at most the model's own.
+        cache: folder where packed weights are kept for the next start; None keeps none.
         progress: called with bytes packed and bytes in all.
 
     Raises:
@@ -105,6 +112,7 @@ def load_model(
             scheme=scheme,
             ops=ops or get_ops(),
             max_context=max_context,
+            cache=cache,
             progress=progress,
         )
     finally:
@@ -126,6 +134,7 @@ def _load(
     scheme: Scheme | None,
     ops: Ops,
     max_context: int | None,
+    cache: Path | None,
     progress: Progress | None,
 ) -> LoadedModel:
     config = _with_generation(read_config(checkpoint.config), checkpoint.generation)
@@ -140,17 +149,22 @@ def _load(
     floats = _FORMATS[dtype]
     if scheme is None and checkpoint.config.get(NAME_KEY):  # checked when the source was opened
         scheme = named_scheme(checkpoint.config[NAME_KEY])
-    weights = build_weights(config, source, ops, format=floats, scheme=scheme, progress=progress)
+    shapes = make_plan(config, set(source.names())).tensors().values()
+    num_params = sum(math.prod(shape) for shape in shapes)
+    depends = (checkpoint.config, source.fingerprint(), dtype, repr(scheme), ops.name)
+    with open_packs(cache if num_params >= PACKED_FROM else None, *depends) as packs:
+        weights = build_weights(
+            config, source, ops, format=floats, scheme=scheme, packs=packs, progress=progress
+        )
     decoder = Decoder(config, weights, ops, max_context=max_context, dtype=floats.dtype)
     formats = weights.formats()
     main = max(formats, key=lambda name: formats[name])
-    shapes = make_plan(config, set(source.names())).tensors().values()
     return LoadedModel(
         decoder=decoder,
         config=config,
         folder=checkpoint.folder,
         tokenizer_source=tokenizer_source,
-        num_params=sum(math.prod(shape) for shape in shapes),
+        num_params=num_params,
         weight_bytes=weights.nbytes,
         weight_format=source.format,
         quantization=None if main == floats.name else main,

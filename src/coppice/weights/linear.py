@@ -6,7 +6,7 @@ int4) is a property, not a type callers branch on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -103,6 +103,26 @@ class Linear:
         return linear
 
     @classmethod
+    def from_tensors(
+        cls,
+        ops: Ops,
+        name: str,
+        shape: tuple[int, int],
+        format: Format,
+        tensors: Mapping[str, Tensor],
+    ) -> Linear:
+        """The layer whose `tensors` these were; they are kept, not copied.
+
+        Raises:
+            EngineError: they belong to another shape or format.
+        """
+        tensors = dict(tensors)
+        order = tensors.pop("order", None)
+        linear = cls(name, format, shape, ops, ops.adopt_linear(*shape, format, tensors))
+        linear.order = order
+        return linear
+
+    @classmethod
     def from_tensor(
         cls,
         ops: Ops,
@@ -122,6 +142,12 @@ class Linear:
     def nbytes(self) -> int:
         """Bytes the packed weight and bias hold."""
         return int(self._packed.nbytes)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All it is made of, by role, in its backend's layout; not copies."""
+        order = {} if self.order is None else {"order": self.order}
+        return {**self._ops.linear_tensors(self._packed), **order}
 
     @property
     def packed(self) -> PackedLinear:

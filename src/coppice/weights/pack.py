@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import mmap
 import os
 import struct
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_log = logging.getLogger(__name__)
 
 ALIGN = 4096
 """Tensors start on multiples of it: mapped pages, and any vector load is aligned."""
@@ -64,6 +67,11 @@ class PackWriter:
         }
         self._file.write(data)
 
+    def abandon(self) -> None:
+        """Give up: no pack will be made."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
     def __enter__(self) -> PackWriter:
         return self
 
@@ -71,15 +79,16 @@ class PackWriter:
         self, kind: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and not self._file.closed:
                 text = json.dumps(self._index).encode()
                 self._file.write(text)
                 self._file.write(_TRAILER.pack(_MAGIC, len(text), hashlib.sha256(text).digest()))
                 self._file.close()
                 self._partial.replace(self._path)
+        except OSError as error:  # a full disk: what was packed stays in use, unkept
+            _log.warning("Packed weights are not kept: %s", error)
         finally:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+            self.abandon()
 
 
 class DamagedPackError(Exception):

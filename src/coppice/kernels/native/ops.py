@@ -6,6 +6,7 @@ calling method, contiguous, and of the type the kernel expects; `ready` sees to 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from coppice.errors import EngineError
 from coppice.kernels import _native
-from coppice.kernels.formats import GROUPS, Activations, Format, Quantized, float_format
+from coppice.kernels.formats import (
+    GROUPS,
+    Activations,
+    Format,
+    Quantized,
+    Shapes,
+    check_shapes,
+    float_format,
+)
 from coppice.kernels.interface import Activation, QKNorm
 from coppice.kernels.native.program import NativeProgram
 from coppice.kernels.native.tensors import ACTIVATIONS, QK_NORMS, cache_of, ready
@@ -28,6 +37,9 @@ ARENA_BYTES = 32 << 20
 
 ALIGNMENT = 64
 """Bytes; one cache line."""
+
+_ROLES = ("data", "scales", "zeros", "bias")
+"""The tensors of a packed layer, in the order the extension takes them."""
 
 FILL_ROWS = 512
 """Rows converted at a time while packing a tensor of a foreign type or stride."""
@@ -84,32 +96,26 @@ class NativeOps:
         self, out_features: int, in_features: int, format: Format, *, bias: bool = False
     ) -> NativePacked:
         """See `Ops.empty_linear`."""
-        _check_format(format, in_features)
-        padded = -(-out_features // LANES) * LANES
-        width = in_features
-        scales = zeros = None
-        if format.quantized:
-            count = padded * format.num_groups(in_features)
-            scales = self._zeros(count, format.scale_dtype)
-            zeros = self._zeros(count, torch.uint8) if format.zero_points else None
-            width = -(-width // format.activation_group) * format.activation_group
-            width = width * format.bits // 8
-        data = self._zeros(padded * width, format.dtype)
-        bias_row = torch.zeros(padded) if bias else None
-        parts = (data, scales, zeros, bias_row)
-        return NativePacked(
-            *parts,
-            out_features=out_features,
-            in_features=in_features,
-            format=format,
-            native=_native.Packed(
-                *(0 if part is None else part.data_ptr() for part in parts),
-                out_features,
-                in_features,
-                format.group,
-                _STORES[format.bits, format.activations],
-            ),
-        )
+        shapes = _shapes(out_features, in_features, format, bias=bias)
+        tensors = {role: self._zeros(shape[0], dtype) for role, (dtype, shape) in shapes.items()}
+        return _pack_of(out_features, in_features, format, tensors)
+
+    def linear_tensors(self, packed: NativePacked) -> dict[str, Tensor]:
+        """See `Ops.linear_tensors`."""
+        held = {role: getattr(packed, role) for role in _ROLES}
+        return {role: tensor for role, tensor in held.items() if tensor is not None}
+
+    def adopt_linear(
+        self,
+        out_features: int,
+        in_features: int,
+        format: Format,
+        tensors: Mapping[str, Tensor],
+    ) -> NativePacked:
+        """See `Ops.adopt_linear`."""
+        shapes = _shapes(out_features, in_features, format, bias="bias" in tensors)
+        check_shapes(tensors, shapes)
+        return _pack_of(out_features, in_features, format, tensors)
 
     def fill_linear(
         self,
@@ -305,6 +311,52 @@ class NativeOps:
             )
             self._rows = rows
         return self._row_arrays
+
+
+def _shapes(out_features: int, in_features: int, format: Format, *, bias: bool) -> Shapes:
+    """The tensors of a layer, by role."""
+    _check_format(format, in_features)
+    padded = -(-out_features // LANES) * LANES
+    width = in_features
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    if format.quantized:
+        count = padded * format.num_groups(in_features)
+        shapes["scales"] = (format.scale_dtype, (count,))
+        if format.zero_points:
+            shapes["zeros"] = (torch.uint8, (count,))
+        width = -(-width // format.activation_group) * format.activation_group
+        width = width * format.bits // 8
+    if bias:
+        shapes["bias"] = (torch.float32, (padded,))
+    shapes["data"] = (format.dtype, (padded * width,))
+    return shapes
+
+
+def _pack_of(
+    out_features: int, in_features: int, format: Format, tensors: Mapping[str, Tensor]
+) -> NativePacked:
+    """The packed layer that holds ``tensors``."""
+    held = [tensors.get(role) for role in _ROLES]
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in held)
+    native = _native.Packed(
+        *addresses,
+        out_features,
+        in_features,
+        format.group,
+        _STORES[format.bits, format.activations],
+    )
+    data, scales, zeros, bias = held
+    assert data is not None
+    return NativePacked(
+        data=data,
+        scales=scales,
+        zeros=zeros,
+        bias=bias,
+        out_features=out_features,
+        in_features=in_features,
+        format=format,
+        native=native,
+    )
 
 
 def _check_format(format: Format, in_features: int) -> None:
