@@ -23,6 +23,9 @@ CONFIGS = {
     "float32": EngineConfig(model=DRAFT, dtype="float32"),
     "bfloat16": EngineConfig(model=DRAFT, dtype="bfloat16"),
     "kv-int8": EngineConfig(model=DRAFT, kv_cache_dtype="int8"),
+    "int8": EngineConfig(model=DRAFT, quantization="int8"),
+    "int4": EngineConfig(model=DRAFT, quantization="int4"),
+    "int4-weight-only": EngineConfig(model=DRAFT, quantization="int4-weight-only"),
 }
 
 

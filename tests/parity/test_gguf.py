@@ -92,9 +92,9 @@ def answer(decoder: Decoder, tokens: list[int]) -> tuple[torch.Tensor, list[int]
     return logits, found
 
 
-def compare(ours: Path, theirs: Path, dtype: str = "float32") -> None:
-    """Bitwise equal logits and equal greedy tokens."""
-    left = load_model(ours, dtype=dtype, ops=get_ops())
+def compare(ours: Path, theirs: Path, dtype: str = "float32", rows: str | None = None) -> None:
+    """Bitwise equal logits and equal greedy tokens; ``rows``: how ours are multiplied."""
+    left = load_model(ours, dtype=dtype, quantization=rows, ops=get_ops())
     right = load_model(theirs, dtype=dtype, ops=get_ops())
     tokens = prompt(left.config.vocab_size)
     logits, found = answer(left.decoder, tokens)
@@ -111,7 +111,34 @@ def test_f32_file_equals_its_checkpoint(name: str, tmp_path: Path) -> None:
     compare(tmp_path / "model.gguf", folder)
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"])
+KEPT = {"Q8_0": "int8-weight-only", "Q4_0": "int4-weight-only"}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+@pytest.mark.parametrize("model", ["llama", "qwen2", "mixtral"])
+def test_kept_codes_equal_their_dequantised_checkpoint(
+    kind: str, model: str, tmp_path: Path
+) -> None:
+    settings = {**WIDE_LLAMA, **(TOYS[model] if model == "mixtral" else {})}
+    folder = save(model, tmp_path / "hf", {**settings, "hidden_size": 256, "head_dim": 64})
+    twin = convert(folder, tmp_path / "model.gguf", kind)
+    compare(tmp_path / "model.gguf", twin, rows=KEPT[kind])
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_kept_codes_run_with_int8_rows_and_stay_small(kind: str, tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "hf", WIDE_LLAMA)
+    twin = convert(folder, tmp_path / "model.gguf", kind)
+    model = load_model(tmp_path / "model.gguf", ops=get_ops())
+    plain = load_model(twin, dtype="float32", ops=get_ops())
+    assert model.quantization == f"int{kind[1]}-g32"
+    assert model.weight_bytes < plain.weight_bytes * (0.3 if kind == "Q8_0" else 0.17)
+    tokens = prompt(model.config.vocab_size)
+    found, expected = (answer(loaded.decoder, tokens)[0] for loaded in (model, plain))
+    assert 0 < (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
 def test_quantised_file_equals_its_dequantised_checkpoint(kind: str, tmp_path: Path) -> None:
     folder = save("llama", tmp_path / "hf", WIDE_LLAMA)
     twin = convert(folder, tmp_path / "model.gguf", kind)

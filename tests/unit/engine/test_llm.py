@@ -98,6 +98,20 @@ def test_more_tokens_than_fit_are_refused_not_cut(llm: LLM) -> None:
     assert len(whole.token_ids) == 8
 
 
+def test_quantization_is_named_and_repeats(llm: LLM) -> None:
+    tokens = {}
+    for name in ("int8", "int4"):
+        found = [LLM(DRAFT, quantization=name) for _ in range(2)]
+        facts = [one.engine.model.facts for one in found]
+        assert facts[0].weight_format.startswith(name)
+        assert facts[0].fingerprint == facts[1].fingerprint
+        assert facts[0].fingerprint != llm.engine.model.facts.fingerprint
+        assert facts[0].weight_bytes < 0.6 * llm.engine.model.facts.weight_bytes
+        answers = [one.generate("Once upon a time", greedy(max_tokens=12)) for one in found]
+        tokens[name] = [answer[0].outputs[0].token_ids for answer in answers]
+        assert tokens[name][0] == tokens[name][1]
+
+
 def test_what_is_not_built_is_refused() -> None:
     with pytest.raises(ConfigError, match="quantization"):
         LLM(DRAFT, quantization="awq")

@@ -1,7 +1,8 @@
 """GGUF tensors as the model loader wants them.
 
-Quantised weights are expanded to float32 or bfloat16 as they are read: for now only the
-file stays small, not the resident model.
+Matrices in Q8_0 and Q4_0 are integers in blocks of 32 under one scale, which the kernels know:
+they stay integers. All other quantised types are expanded to float32 or bfloat16 as they are
+read: of those only the file is small, not the resident model.
 """
 
 from __future__ import annotations
@@ -11,17 +12,25 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from coppice.kernels.formats import Format
+from coppice.errors import CheckpointError
+from coppice.kernels.formats import Format, Quantized
 from coppice.models.gguf.names import Piece
-from coppice.models.gguf.quants import BY_NAME, Bytes, dequantize
+from coppice.models.gguf.quants import BY_NAME, Bytes, dequantize, split_blocks
 from coppice.models.gguf.reader import GGUFReader
 from coppice.models.source import Codes
+from coppice.weights.names import integer_format
 
 _CHUNK_ELEMENTS = 4 << 20
 _SAMPLE_BYTES = 4096
+_KEPT: dict[str, Format] = {
+    "Q8_0": integer_format(8, 32, activations="int8"),
+    "Q4_0": integer_format(4, 32, activations="int8"),
+}
+"""Types that stay integers; rows become int8 in blocks of 32, as in their home engine."""
 
 
 class GGUFSource:
@@ -64,12 +73,26 @@ class GGUFSource:
         return flat.view(piece.shape)
 
     def stored_format(self, name: str) -> Format | None:
-        """None: quantised types are expanded."""
-        return None
+        """Blocks of 32 integers under one scale are kept; all other types are expanded."""
+        piece = self._pieces[name]
+        known = _KEPT.get(piece.info.kind)
+        return known if len(piece.shape) > 1 else None
 
     def read_codes(self, name: str) -> Codes:
-        """Never called, since no tensor has a stored format."""
-        raise KeyError(name)
+        """A Q8_0 or Q4_0 matrix as codes and scales, without loss."""
+        piece = self._pieces[name]
+        rows, blocks = piece.shape[0], math.prod(piece.shape) // 32
+        scales, codes = split_blocks(self._raw(piece), piece.info.kind)
+        if not np.isfinite(scales).all():
+            raise CheckpointError(f"{piece.info.name} holds scales that are not finite.")
+        parts = []
+        for values in (codes.reshape(rows, -1), scales.reshape(rows, blocks // rows)):
+            tensor = torch.from_numpy(values)
+            if piece.rotary_heads:
+                paired = tensor.view(piece.rotary_heads, -1, 2, tensor.shape[1])
+                tensor = paired.transpose(1, 2).reshape(tensor.shape)
+            parts.append(tensor.contiguous())
+        return Codes(Quantized(parts[0], parts[1].float()))
 
     def release(self, name: str) -> None:
         """Let the file's pages go; a stacked tensor's go with its last expert."""
