@@ -11,7 +11,7 @@ from itertools import count
 
 import torch
 
-from benchmarks.peers.protocol import Contender, Job, median_seconds, serve
+from benchmarks.peers.protocol import Contender, Job, NotComparableError, median_seconds, serve
 from coppice.cache.pool import KVPool
 from coppice.engine.config import EngineConfig
 from coppice.engine.engine import Engine
@@ -40,7 +40,7 @@ class Coppice:
             )
             model = load_engine_model(config)
         except CoppiceError as error:
-            raise NotImplementedError(error.message) from error
+            raise NotComparableError(error.message) from error
         self._job = job
         self._decoder = model.decoder
         self._engine = Engine(model, config)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.peers.protocol import Contender, Job, serve
+from benchmarks.peers.protocol import Contender, Job, NotComparableError, serve
 from tools.peers import places
 from tools.peers.models import GGUF_FORMS
 
@@ -25,7 +25,7 @@ class LlamaCpp:
         self._job = job
         self._file = places.gguf(job.model, GGUF_FORMS[job.form])
         if not self._file.exists():
-            raise NotImplementedError(f"{self._file.name} is not there")
+            raise NotComparableError(f"{self._file.name} is not there")
 
     def decode(self, batch: int) -> float:
         """``llama-bench -d PROMPT -n NEW``, or ``llama-batched-bench`` for more than one."""
@@ -52,7 +52,7 @@ class LlamaCpp:
         """Our own program over its library; see `verify.cpp`."""
         tool = places.llama_tool("verify")
         if not tool.exists():
-            raise NotImplementedError("its verification program was not built")
+            raise NotComparableError("its verification program was not built")
         job = self._job
         numbers = [str(n) for n in (job.threads, job.context, *rows)]
         done = subprocess.run(

@@ -17,7 +17,7 @@ import numpy as np
 import openvino
 import openvino_genai
 
-from benchmarks.peers.protocol import Contender, Job, median_seconds, serve
+from benchmarks.peers.protocol import Contender, Job, NotComparableError, median_seconds, serve
 from tools.peers import places
 
 FILL = 64
@@ -30,7 +30,7 @@ class OpenVino:
         self._job = job
         self._folder = places.openvino_folder(job.model, job.form)
         if not self._folder.exists():
-            raise NotImplementedError(f"{self._folder.name} is not there")
+            raise NotComparableError(f"{self._folder.name} is not there")
         self._random = np.random.default_rng(0)
         self._options = {"INFERENCE_NUM_THREADS": job.threads, "PERFORMANCE_HINT": "LATENCY"}
         self._pipeline: Any = None

@@ -50,10 +50,14 @@ class Job:
         return self.prompt if batch == 1 else self.prompt8
 
 
+class NotComparableError(Exception):
+    """A contender has no way to do a task, or a format: its cell stays empty, and says why."""
+
+
 class Contender(Protocol):
     """A loaded, warmed-up model.
 
-    A method that a peer has no way to do raises `NotImplementedError`.
+    A method that a peer has no way to do raises `NotComparableError`.
     """
 
     def decode(self, batch: int) -> float:
@@ -108,12 +112,12 @@ def serve(load: Callable[[Job], Contender]) -> None:
     job = Job(**json.loads(sys.stdin.readline()))
     try:
         contender = load(job)
-    except NotImplementedError as missing:
+    except NotComparableError as missing:
         say(unable=str(missing))
         return
     say(ready=True)
     for line in sys.stdin:
         try:
             say(value=TASKS[line.strip()](contender))
-        except NotImplementedError as missing:
+        except NotComparableError as missing:
             say(unable=str(missing))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from benchmarks.peers.protocol import Contender, Job, median_seconds, serve
+from benchmarks.peers.protocol import Contender, Job, NotComparableError, median_seconds, serve
 from benchmarks.report import machine
 from tools.peers import places
 
@@ -24,7 +24,7 @@ class Transformers:
 
     def __init__(self, job: Job) -> None:
         if job.form != "bf16":
-            raise NotImplementedError("only its bf16 checkpoint is compared")
+            raise NotComparableError("only its bf16 checkpoint is compared")
         torch.set_num_threads(job.threads)
         torch.set_grad_enabled(False)
         fast_bf16 = {"avx512_bf16", "amx_tile"} & set(machine()["isa"])

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benchmarks.peers.protocol import Contender, Job, serve
+from benchmarks.peers.protocol import Contender, Job, NotComparableError, serve
 from tools.peers import places
 
 SETTINGS = {
@@ -24,7 +24,7 @@ class Vllm:
 
     def __init__(self, job: Job) -> None:
         if job.form != "bf16":
-            raise NotImplementedError("its quantized modes are not compared")
+            raise NotComparableError("its quantized modes are not compared")
         os.environ.update(SETTINGS, VLLM_CPU_OMP_THREADS_BIND=f"0-{job.threads - 1}")
         import vllm
 
@@ -54,7 +54,7 @@ class Vllm:
 
     def verify(self, rows: Sequence[int]) -> list[float]:
         """It has no call for it."""
-        raise NotImplementedError("it has no call that runs several rows of one sequence")
+        raise NotComparableError("it has no call that runs several rows of one sequence")
 
     def facts(self) -> dict[str, float]:
         """Nothing its interface tells."""

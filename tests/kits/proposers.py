@@ -40,7 +40,7 @@ class Gossip:
             level = [self._random.randrange(self._vocab_size) for _ in range(3)]
             if truth >= 0 and self._random.random() < 0.85:
                 level[self._random.randrange(3)] = truth
-            nodes = [tree.add(t, parent, 0.5) for t in level if len(tree) < limit]
+            nodes = [tree.add(t, parent) for t in level if len(tree) < limit]
             right = [n for n in nodes if tree.tokens[n] == truth]
             if not nodes:
                 break

@@ -97,7 +97,7 @@ class DraftModel:
                 assert tree is not None
                 if token < 0:
                     continue
-                tree.add(token, len(tree) - 1, 1.0)
+                tree.add(token, len(tree) - 1)
                 if len(tree) < limits[i]:
                     following[i] = [token]
             self.pass_s += 0.1 * (time.perf_counter() - began - self.pass_s)

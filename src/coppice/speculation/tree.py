@@ -22,32 +22,27 @@ class DraftTree:
         source: name of the proposer, for metrics and calibration.
         tokens: token ids.
         parents: number of each node's parent, below its own, or `ROOT`.
-        chances: estimated probability that the whole path to the node is accepted; steers
-            selection, never correctness.
     """
 
     source: str
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    chances: list[float] = field(default_factory=list)
 
     @classmethod
-    def chain(cls, source: str, tokens: Iterable[int], chance: float = 1.0) -> DraftTree:
-        """A tree of width one; each token is accepted with ``chance`` if its parent is."""
+    def chain(cls, source: str, tokens: Iterable[int]) -> DraftTree:
+        """A tree of width one."""
         listed = list(tokens)
-        chances = [chance ** (i + 1) for i in range(len(listed))]
-        return cls(source, listed, list(range(-1, len(listed) - 1)), chances)
+        return cls(source, listed, list(range(-1, len(listed) - 1)))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def add(self, token: int, parent: int, chance: float) -> int:
+    def add(self, token: int, parent: int) -> int:
         """Append a node and return its number."""
         if not ROOT <= parent < len(self.tokens):
             raise ValueError(f"node {len(self.tokens)} stands before its parent {parent}")
         self.tokens.append(token)
         self.parents.append(parent)
-        self.chances.append(chance)
         return len(self.tokens) - 1
 
     def child(self, node: int, token: int) -> int | None:
@@ -64,20 +59,10 @@ class DraftTree:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
         return depths
 
-    def cut(self, num_nodes: int, max_depth: int) -> DraftTree:
-        """The first nodes that are not deeper than ``max_depth``, as a tree of its own."""
-        kept = DraftTree(self.source)
-        places: dict[int, int] = {ROOT: ROOT}
-        for i, (depth, parent) in enumerate(zip(self.depths(), self.parents, strict=True)):
-            if depth <= max_depth and len(kept) < num_nodes and parent in places:
-                places[i] = kept.add(self.tokens[i], places[parent], self.chances[i])
-        return kept
-
     def is_sound(self, vocab_size: int) -> bool:
         """Whether arrays agree, parents come first and every token is in the vocabulary."""
-        sizes = {len(self.tokens), len(self.parents), len(self.chances)}
         return (
-            len(sizes) == 1
+            len(self.tokens) == len(self.parents)
             and all(type(t) is int and 0 <= t < vocab_size for t in self.tokens)
             and all(ROOT <= p < i for i, p in enumerate(self.parents))
         )

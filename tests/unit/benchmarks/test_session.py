@@ -12,7 +12,7 @@ from benchmarks.peers.session import PatienceError, PeerError, Session, UnableEr
 
 CONTENDER = """
 import os, subprocess, sys, time
-from benchmarks.peers.protocol import serve
+from benchmarks.peers.protocol import NotComparableError, serve
 
 class Fake:
     def decode(self, batch):
@@ -22,13 +22,13 @@ class Fake:
     def prefill(self):
         subprocess.run(["sleep", "60"])
     def verify(self, rows):
-        raise NotImplementedError("no such call")
+        raise NotComparableError("no such call")
     def facts(self):
         raise ValueError("broken on purpose")
 
 def load(job):
     if job.form == "int4":
-        raise NotImplementedError("no int4")
+        raise NotComparableError("no int4")
     return Fake()
 
 serve(load)

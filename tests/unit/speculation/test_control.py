@@ -85,7 +85,7 @@ def explode() -> list[DraftTree | None]:
         lambda: [],
         lambda: [DraftTree.chain("bad", [999])],
         lambda: [DraftTree.chain("bad", [1] * 9)],
-        lambda: [DraftTree("bad", [1], [0], [1.0])],
+        lambda: [DraftTree("bad", [1], [0])],
     ],
 )
 def test_a_bad_proposer_costs_no_request(answer: Callable[[], list[DraftTree | None]]) -> None:

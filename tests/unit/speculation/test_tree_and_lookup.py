@@ -23,45 +23,34 @@ class View:
 
 
 def test_a_tree_knows_children_and_depths() -> None:
-    tree = DraftTree.chain("x", [5, 6], chance=0.5)
-    twin = tree.add(7, 0, 0.1)
+    tree = DraftTree.chain("x", [5, 6])
+    twin = tree.add(7, 0)
     assert (tree.child(ROOT, 5), tree.child(0, 6), tree.child(0, 7)) == (0, 1, twin)
     assert tree.child(ROOT, 6) is None
     assert tree.depths() == [1, 2, 2]
-    assert tree.chances == [0.5, 0.25, 0.1]
 
 
 def test_equal_tokens_at_one_depth_stay_apart() -> None:
     tree = DraftTree("x")
-    left, right = tree.add(1, ROOT, 1.0), tree.add(2, ROOT, 1.0)
-    deep = tree.add(9, right, 1.0)
+    left, right = tree.add(1, ROOT), tree.add(2, ROOT)
+    deep = tree.add(9, right)
     assert tree.child(left, 9) is None
     assert tree.child(right, 9) == deep
-
-
-def test_cut_keeps_a_connected_tree() -> None:
-    tree = DraftTree("x")
-    a = tree.add(1, ROOT, 0.9)
-    b = tree.add(2, a, 0.8)
-    tree.add(3, b, 0.7)
-    tree.add(4, ROOT, 0.6)
-    assert tree.cut(10, 1).tokens == [1, 4]
-    assert tree.cut(2, 9).parents == [ROOT, 0]
 
 
 @pytest.mark.parametrize(
     "tree",
     [
-        DraftTree("x", [50], [ROOT], [1.0]),
-        DraftTree("x", [-1], [ROOT], [1.0]),
-        DraftTree("x", [1, 1], [ROOT], [1.0, 1.0]),
-        DraftTree("x", [1], [0], [1.0]),
+        DraftTree("x", [50], [ROOT]),
+        DraftTree("x", [-1], [ROOT]),
+        DraftTree("x", [1, 1], [ROOT]),
+        DraftTree("x", [1], [0]),
     ],
 )
 def test_garbage_is_not_sound(tree: DraftTree) -> None:
     assert not tree.is_sound(50)
     with pytest.raises(ValueError, match="parent"):
-        DraftTree("x").add(1, 0, 1.0)
+        DraftTree("x").add(1, 0)
 
 
 def brute_force(tokens: list[int], longest: int, shortest: int, limit: int) -> list[int]:
