@@ -8,6 +8,7 @@ from coppice.engine.config import EngineConfig
 from coppice.engine.loading import EngineModel, load_engine_model
 from tests.kits.invariance import (
     ARRANGEMENTS,
+    SCHEDULED,
     SPECULATED,
     Arrangement,
     Outcome,
@@ -56,6 +57,31 @@ def test_same_tokens_and_logprobs(
     found = outcomes(model, config, requests, arrangement, seed=5, answers=answers)
     wrong = [key for key in expected if found[key] != expected[key]]
     assert not wrong, f"{len(wrong)} of {NUM_REQUESTS} differ, first {wrong[0]}"
+
+
+@pytest.mark.parametrize("config", ["float32"], indirect=True)
+@pytest.mark.parametrize("arrangement", SCHEDULED, ids=str)
+def test_same_under_every_policy(
+    model: EngineModel,
+    config: EngineConfig,
+    expected: dict[str, Outcome],
+    arrangement: Arrangement,
+) -> None:
+    requests = make_requests(model, NUM_REQUESTS, 1)
+    assert outcomes(model, config, requests, arrangement, seed=5) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c != "float32"], indirect=True)
+@pytest.mark.parametrize("arrangement", SCHEDULED, ids=str)
+def test_same_under_every_policy_in_other_formats(
+    model: EngineModel,
+    config: EngineConfig,
+    expected: dict[str, Outcome],
+    arrangement: Arrangement,
+) -> None:
+    requests = make_requests(model, NUM_REQUESTS, 1)
+    assert outcomes(model, config, requests, arrangement, seed=5) == expected
 
 
 def test_the_kit_notices_a_difference(

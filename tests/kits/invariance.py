@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
@@ -21,6 +22,7 @@ from coppice.engine.engine import Engine
 from coppice.engine.loading import EngineModel
 from coppice.engine.request import Request, SamplingParams
 from coppice.scheduling import Plan, Planner, Snapshot, StepPlanner
+from coppice.scheduling.policy import OrderName, PolicyName
 from tests.kits.models import DRAFT
 from tests.kits.proposers import gossiper
 
@@ -39,6 +41,8 @@ class Arrangement:
     preempt: bool = False
     speculate: str = "off"
     """A setting of the engine, or ``"gossip"``: trees of truth and lies."""
+    policy: PolicyName = "fcfs"
+    order: OrderName = "arrival"
 
     def __str__(self) -> str:
         return "-".join(
@@ -48,6 +52,8 @@ class Arrangement:
                 "cached" if self.cached else "cold",
                 "preempted" if self.preempt else "calm",
                 self.speculate,
+                *(() if self.policy == "fcfs" else (self.policy,)),
+                *(() if self.order == "arrival" else (self.order,)),
             )
         )
 
@@ -64,6 +70,16 @@ SPECULATED = [
         ("gossip", "auto"), ((False, False, False), (True, True, False), (True, False, True))
     )
 ]
+
+
+SCHEDULED = [
+    Arrangement(True, 64, i % 2 == 0, True, "off", policy, order)
+    for i, (policy, order) in enumerate(
+        itertools.product(get_args(PolicyName), get_args(OrderName))
+    )
+    if (policy, order) != ("fcfs", "arrival")
+]
+"""Every policy with every order, among neighbours of several tenants, under preemption."""
 
 
 class RandomPreemption:
@@ -137,7 +153,11 @@ def outcomes(
         max_sequences=32,
         speculate="off" if gossip else arrangement.speculate,
         draft_model=DRAFT,
+        policy=arrangement.policy,
+        order=arrangement.order,
+        tenant_limit=10_000,
     )
+    requests = [_dressed(request, i) for i, request in enumerate(requests)]
     speculator = gossiper(answers, seed, model.facts.vocab_size) if gossip else None
     planner: Planner = StepPlanner()
     if arrangement.preempt:
@@ -162,6 +182,17 @@ def outcomes(
     if arrangement.cached:
         assert engine.pages.hit_tokens > 0, "nothing was cached: the arrangement tested nothing"
     return found
+
+
+def _dressed(request: Request, i: int) -> Request:
+    """The request with a tenant, a priority and wishes, none of which may change its answer."""
+    return msgspec.structs.replace(
+        request,
+        tenant=f"t{i % 3}",
+        priority=i % 2,
+        ttft_s=(None, 0.001, 10.0)[i % 3],
+        tpot_s=(None, 0.0001, 10.0)[i % 3],
+    )
 
 
 def run(engine: Engine, requests: list[Request]) -> dict[str, Outcome]:

@@ -126,6 +126,8 @@ def _fields() -> Iterator[tuple[str, dict[str, Any]]]:
         "stream_options": [True, {"include_usage": "yes"}],
         "priority": [2**31, -(2**31) - 1, "high", 0.5],
         "deadline_s": [0, -1, 86401, 1e300, "5"],
+        "ttft_s": [0, -1, 86401, 1e300, "5"],
+        "tpot_s": [0, -1, 86401, 1e300, "5"],
         "cache_salt": ["x" * 257, "a\x00b", 5],
         "user": ["x" * 257, "a\nb", {}],
         "speculate": ["on", "yes", True],

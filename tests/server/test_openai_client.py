@@ -52,7 +52,7 @@ CHAT_CASES: dict[str, dict[str, Any]] = {
         "presence_penalty": -0.1, "logit_bias": {"5": -100}, "user": "me", "max_tokens": 9,
         "extra_body": {
             "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2, "priority": 3,
-            "deadline_s": 30, "cache_salt": "x", "speculate": "auto",
+            "deadline_s": 30, "ttft_s": 1.5, "tpot_s": 0.1, "cache_salt": "x", "speculate": "auto",
         },
     },
 }  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from coppice.errors import ConfigError
+from coppice.scheduling.policy import OrderName, PolicyName, read_weights
 from coppice.settings import RoomConfig, cache_root, setting
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -131,6 +132,33 @@ class EngineConfig(RoomConfig):
         minimum=1,
         maximum=64,
     )
+    policy: PolicyName = setting(
+        "fcfs",
+        "Whose turn it is among tenants: 'fcfs' by order alone, 'fair' the one that has had "
+        "least service, 'fair-predicted' the same with answers charged ahead, 'rpm' a limit a "
+        "minute, 'round-robin' in rounds.",
+    )
+    order: OrderName = setting(
+        "arrival",
+        "Whose turn it is inside a tenant: 'arrival' within a priority, 'aged' where waiting "
+        "overcomes priority, 'shortest' prompt, or earliest 'deadline' (ttft_s).",
+    )
+    tenant_weights: tuple[str, ...] = setting(
+        (),
+        "Shares of the fair policies as TENANT=WEIGHT; tenants not named have 1.",
+    )
+    tenant_limit: int = setting(
+        30,
+        "Admissions a tenant may have in a minute under policy rpm.",
+        minimum=1,
+        maximum=1 << 20,
+    )
+    priority_ageing_s: float = setting(
+        30.0,
+        "Seconds of waiting that make up for one level of priority under order aged.",
+        minimum=0.001,
+        maximum=86400.0,
+    )
     cache_dir: str | None = setting(
         None,
         "Folder for what is worked out once for a model on a machine; none means "
@@ -156,6 +184,12 @@ class EngineConfig(RoomConfig):
                 f"max_rows must be greater than max_sequences ({self.max_sequences}), so that a "
                 f"step has a row for every answer and one for a prompt; got {self.max_rows}.",
                 param="max_rows",
+            )
+        if read_weights(self.tenant_weights) and not self.policy.startswith("fair"):
+            raise ConfigError(
+                f"Policy {self.policy!r} knows no weights; set policy to fair or drop "
+                "tenant_weights.",
+                param="tenant_weights",
             )
         if self.page_size & (self.page_size - 1):
             raise ConfigError(

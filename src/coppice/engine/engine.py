@@ -12,8 +12,9 @@ import heapq
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,6 +24,7 @@ from coppice.cost import StepCost
 from coppice.engine.batch import BatchLayout
 from coppice.engine.calibrate import curve_for
 from coppice.engine.config import EngineConfig
+from coppice.engine.endings import finish_reason, outcome, report
 from coppice.engine.loading import EngineModel
 from coppice.engine.messages import (
     CancelReason,
@@ -40,8 +42,16 @@ from coppice.engine.speculate import make_speculator
 from coppice.engine.step import StepRunner, Walk
 from coppice.errors import ContextOverflowError, RequestError, RowFaultError
 from coppice.kernels import expect_work
-from coppice.scheduling import Grant, Plan, Planner, Snapshot, StepPlanner
-from coppice.scheduling.planner import order_key
+from coppice.scheduling import (
+    FlowQueues,
+    Grant,
+    Plan,
+    Planner,
+    Policy,
+    Snapshot,
+    StepPlanner,
+    make_policy,
+)
 from coppice.speculation import DraftTree, Speculator
 
 if TYPE_CHECKING:
@@ -58,7 +68,8 @@ class Engine:
     Args:
         model: the loaded model and its tokenizer facts.
         config: sizes and switches.
-        planner: who gets rows; first come first served by priority when omitted.
+        planner: who gets rows; a `StepPlanner` when omitted.
+        policy: in whose turn; by ``config.policy`` when omitted.
         speculator: who guesses ahead; by ``config.speculate`` when omitted.
         clock: monotonic seconds.
     """
@@ -69,13 +80,13 @@ class Engine:
         config: EngineConfig,
         *,
         planner: Planner | None = None,
+        policy: Policy | None = None,
         speculator: Speculator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         self.config = config
         self.clock = clock
-        self._planner = planner or StepPlanner()
         layout = model.decoder.kv_layout(config.page_size).stored_as(config.kv_cache_dtype)
         self._layout = layout
         num_pages = max(1, (config.kv_cache_mib << 20) // layout.page_bytes)
@@ -94,10 +105,14 @@ class Engine:
         self._requests: dict[str, list[Sequence]] = {}
         self._held_back: dict[str, int] = {}
         self._running: list[Sequence] = []
-        self._waiting: list[Sequence] = []
         self._deadlines: list[tuple[float, str]] = []
         self._arrivals = 0
         self.cost = StepCost(curve_for(config, model))
+        self._planner = planner or StepPlanner(self.cost)
+        self.policy = policy or _policy_of(config, num_pages)
+        self._waiting = FlowQueues(self.policy.flows)
+        self.waiting_for = ""
+        """Why the first in turn was not admitted by the last plan; empty when none waits."""
         self._speculator = speculator or make_speculator(config, model, self.cost, num_pages)
         self._totals: Counter[str] = Counter()
         self._seconds = {"model": 0.0, "draft": 0.0, "other": 0.0}
@@ -172,7 +187,7 @@ class Engine:
         expect_work()
         began = self.clock()
         outputs = self._expire(began)
-        plan = self._planner.plan(self._snapshot())
+        plan = self._planner.plan(self._snapshot(began))
         self._carry_out(plan, began)
         grants = plan.grants
         if plan.admit:  # a newcomer may have found no pages after all
@@ -200,7 +215,7 @@ class Engine:
         return StepStats(
             running=len(self._running),
             waiting=len(self._waiting),
-            waiting_tokens=sum(s.num_tokens for s in self._waiting),
+            waiting_tokens=self._waiting.num_tokens,
             pages_used=self.num_pages - allocator.num_available,
             pages_cached=allocator.num_idle,
             num_pages=self.num_pages,
@@ -259,7 +274,7 @@ class Engine:
         wanted = self.context_length if params.max_tokens is None else params.max_tokens
         eos_ids = frozenset() if params.ignore_eos else self.model.eos_ids
         self._arrivals += 1
-        return Sequence(
+        sequence = Sequence(
             request=request,
             index=index,
             arrival=self._arrivals,
@@ -276,6 +291,8 @@ class Engine:
             end=min(self.context_length, len(request.prompt) + wanted),
             submitted_s=self.clock(),
         )
+        sequence.rank = self.policy.order.key(sequence)
+        return sequence
 
     def _start_grammar(self, grammar: Grammar) -> GrammarState:
         """Compile (or find) a constraint; the compiler is made on its first use."""
@@ -286,7 +303,7 @@ class Engine:
         return self._grammars.compile(grammar)
 
     def _enqueue(self, sequence: Sequence) -> None:
-        insort(self._waiting, sequence, key=order_key)
+        self._waiting.push(sequence)
 
     def _release_held_back(self, request_id: str, *, enqueue: bool) -> list[Sequence]:
         """Create the choices that waited for the first one's prompt to be cached."""
@@ -303,11 +320,12 @@ class Engine:
 
     # -- a step ----------------------------------------------------------------------------
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self, now: float) -> Snapshot:
         config = self.config
         return Snapshot(
             running=self._running,
             waiting=self._waiting,
+            now=now,
             num_available=self.pages.allocator.num_available,
             page_size=config.page_size,
             max_rows=max(
@@ -318,6 +336,7 @@ class Engine:
         )
 
     def _carry_out(self, plan: Plan, now: float) -> None:
+        flows = self.policy.flows
         for sequence in plan.preempt:
             assert isinstance(sequence, Sequence)
             self._stop_running(sequence)
@@ -329,10 +348,15 @@ class Engine:
                 break
             self._waiting.remove(sequence)
             self._batch.take_slot(sequence)
-            insort(self._running, sequence, key=order_key)
+            insort(self._running, sequence, key=_rank)
             if not sequence.scheduled_s:
                 sequence.scheduled_s = now
                 sequence.cached_tokens = sequence.num_computed
+                flows.charge(sequence, "admitted", sequence.num_prompt, now)
+        for sequence in plan.overtaken:
+            assert isinstance(sequence, Sequence)
+            sequence.overtaken += 1
+        self.waiting_for = plan.why
 
     def _stop_running(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -364,7 +388,7 @@ class Engine:
             if walk.tree is not None and self._speculator is not None:
                 self._speculator.observe(walk.sequence.arrival, walk.tree, len(walk.path))
             if walk.sequence.finish_reason is None:
-                outputs.append(_report(walk.sequence))
+                outputs.append(report(walk.sequence))
             elif walk.tree is not None and self._speculator is not None:
                 self._speculator.forget(walk.sequence.arrival)  # observing it began it anew
 
@@ -385,11 +409,12 @@ class Engine:
         sequence.sampler.accept(token)
         if logprob is not None:
             sequence.logprobs.append(logprob)
+        self.policy.flows.charge(sequence, "generated", 1, 0.0)
         if not sequence.first_token_s:
             sequence.first_token_s = self.clock()
             self._totals["prompt_tokens"] += len(sequence.request.prompt)
             self._release_held_back(sequence.request.id, enqueue=True)
-        reason = _finish_reason(sequence, token)
+        reason = finish_reason(sequence, token)
         if reason is not None:
             self._end(sequence, reason, outputs)
         return reason is None
@@ -408,61 +433,29 @@ class Engine:
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
+        self.policy.flows.charge(sequence, "ended", 0, 0.0)
         if sequence.slot >= 0:
             self._stop_running(sequence)
         elif sequence in self._waiting:  # not so while parked, or never queued
             self._waiting.remove(sequence)
-        outputs.append(_report(sequence))
+        outputs.append(report(sequence))
         if reason == "failed":  # choices held back for this one's prompt still run
             self._release_held_back(sequence.request.id, enqueue=True)
         siblings = self._requests[sequence.request.id]
         if all(s.finish_reason is not None for s in siblings):
             del self._requests[sequence.request.id]
-            self.outcomes[_outcome(siblings)] += 1
+            self.outcomes[outcome(siblings)] += 1
 
 
-def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:
-    """Whether the token just appended ends the sequence, and how."""
-    if token in sequence.stop_ids:
-        sequence.stop_token = token
-        return "stop"
-    if sequence.grammar is not None and sequence.grammar.is_stopped:
-        return "stop"
-    return "length" if len(sequence.tokens) >= sequence.end else None
+_rank = attrgetter("rank")
 
 
-def _report(sequence: Sequence) -> Output:
-    """What is new of a sequence since its last report."""
-    request = sequence.request
-    new = sequence.tokens[sequence.sent :]
-    first = sequence.sent == len(request.prompt)
-    ended = sequence.finish_reason is not None
-    with_logprobs = request.sampling.logprobs is not None
-    sequence.sent = len(sequence.tokens)
-    if not (first or ended or with_logprobs):
-        return Output(request_id=request.id, index=sequence.index, tokens=new)
-    logprobs = sequence.logprobs[-len(new) :] if new and sequence.logprobs else []
-    return Output(
-        request_id=request.id,
-        index=sequence.index,
-        tokens=new,
-        logprobs=logprobs if with_logprobs else None,
-        finish_reason=sequence.finish_reason,
-        stop_token=sequence.stop_token,
-        cached_tokens=sequence.cached_tokens if first else 0,
-        error=sequence.error,
-        times=(sequence.submitted_s, sequence.scheduled_s, sequence.first_token_s)
-        if first or ended
-        else None,
-        drafted=sequence.drafted,
-        accepted=sequence.accepted,
+def _policy_of(config: EngineConfig, num_pages: int) -> Policy:
+    return make_policy(
+        config.policy,
+        config.order,
+        weights=config.tenant_weights,
+        limit=config.tenant_limit,
+        pool_tokens=num_pages * config.page_size,
+        ageing_s=config.priority_ageing_s,
     )
-
-
-def _outcome(sequences: Iterable[Sequence]) -> str:
-    """One outcome for a request of several choices: the worst of theirs."""
-    reasons = {s.finish_reason for s in sequences}
-    for worst in ("failed", "expired", "cancelled"):
-        if worst in reasons:
-            return worst
-    return "finished"

@@ -5,6 +5,7 @@ Types here cross the process boundary as msgpack, so they hold plain values only
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -112,6 +113,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             output kept.
         speculate: whether the engine, where it guesses ahead at all, may do so for this one;
             its tokens are the same either way.
+        key: name of the API key it came with, for metering.
+        session: the agent's conversation it is a turn of; empty for none.
+        ttft_s: seconds from arrival within which the first token is wanted.
+        tpot_s: seconds a later token is wanted in, on average.
+
+    Raises:
+        RequestError: a time is not positive.
     """
 
     id: str
@@ -122,3 +130,17 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     deadline_s: float | None = None
     speculate: Literal["off", "auto"] = "auto"
+    key: str = ""
+    session: str = ""
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("deadline_s", "ttft_s", "tpot_s"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < math.inf:  # also refuses NaN
+                raise RequestError(
+                    f"{name} must be more than 0 seconds from now, got {value!r}; a time in the "
+                    "past cannot be met.",
+                    param=name,
+                )

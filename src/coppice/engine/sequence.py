@@ -31,6 +31,8 @@ class Sequence:
         stop_ids: tokens that end the sequence.
         end: number of tokens at which it is full.
         sent: tokens already reported to the front end.
+        rank: place in its tenant's queue, for good.
+        overtaken: admissions of later ones because this one did not fit.
         drafted: tokens guessed ahead in all its steps, and ``accepted`` of them.
     """
 
@@ -57,6 +59,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     error: tuple[str, str] | None = None
+    rank: tuple[float, ...] = ()
+    overtaken: int = 0
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
 
@@ -67,6 +71,26 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and accepted tokens."""
         return len(self.tokens)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def session(self) -> str:
+        """The agent's conversation it is a turn of."""
+        return self.request.session
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds within which the first token is wanted."""
+        return self.request.ttft_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Seconds a later token is wanted in."""
+        return self.request.tpot_s
 
     @property
     def num_generated(self) -> int:

@@ -1,16 +1,25 @@
-"""The step planner: priority, then arrival; victims before grants; chunked prefill."""
+"""The step planner: decodes first, victims before grants, then turns of those that wait."""
 
 from __future__ import annotations
 
-from coppice.scheduling.interfaces import Grant, Plan, SequenceView, Snapshot
+from collections import Counter
+from dataclasses import dataclass
+from math import inf
+
+from coppice.scheduling.budget import rows_in_time
+from coppice.scheduling.interfaces import (
+    CostModel,
+    Grant,
+    Plan,
+    SequenceView,
+    Snapshot,
+    Turns,
+)
 
 PREFILL_SHARE = 0.1
 """Part of a step's rows decodes cannot take, so that neither side starves the other."""
-
-
-def order_key(sequence: SequenceView) -> tuple[int, int]:
-    """First come first served within a priority."""
-    return (sequence.priority, sequence.arrival)
+MAX_OVERTAKEN = 8
+"""How often one that does not fit is passed over before all wait for its pages."""
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
@@ -19,26 +28,164 @@ def pages_for(num_tokens: int, page_size: int) -> int:
 
 
 class StepPlanner:
-    """Continuous batching with chunked prefill.
+    """Continuous batching with chunked prefill, in the order of policies.
 
-    Running sequences come first: those behind by one token (decodes), then prompts by order.
-    What is left admits waiting sequences, each only when its whole current length fits, so
-    that an admitted prompt is not thrown out half-way. When running work itself lacks pages,
-    the last in order leave.
+    Running sequences come first: those behind by one token (decodes), then prompts by rank,
+    within the rows that end before the tightest token is due. When they lack pages, victims
+    leave and nobody is admitted. What is left admits waiting sequences by turns, each only
+    when its whole current length fits, so that an admitted prompt is not thrown out half-way.
+
+    Args:
+        cost: what steps take, for deadlines; without it they do not shorten steps.
+        max_overtaken: see `MAX_OVERTAKEN`.
     """
 
+    def __init__(
+        self,
+        cost: CostModel | None = None,
+        *,
+        max_overtaken: int = MAX_OVERTAKEN,
+    ) -> None:
+        self._cost = cost
+        self._max_overtaken = max_overtaken
+
     def plan(self, snapshot: Snapshot) -> Plan:
-        """See `Planner`. O(running + admitted)."""
-        grants = _share_rows(snapshot)
+        """See `Planner`. O(running + tenants + admitted x log tenants)."""
+        rows = snapshot.max_rows
+        if self._cost is not None:
+            rows = rows_in_time(snapshot, self._cost, PREFILL_SHARE)
+        grants = _share_rows(snapshot, rows)
         if not snapshot.waiting and _most_new_pages(grants, snapshot) <= snapshot.num_available:
             return Plan(grants=grants)
         available, preempted = _make_room(grants, snapshot)
         if preempted:
-            return Plan(preempt=preempted, grants=grants)
-        return Plan(admit=_admit(grants, available, snapshot), grants=grants)
+            return Plan(preempt=preempted, grants=grants, why="no pages")
+        if not snapshot.waiting:
+            return Plan(grants=grants)
+        turns = snapshot.waiting.flows.turns(snapshot.waiting, snapshot.now)
+        hall = _Hall(snapshot, grants, rows, available, self._max_overtaken)
+        self._seat_urgent(hall, turns)
+        hall.seat_by_turns(turns)
+        return hall.plan()
+
+    def _seat_urgent(self, hall: _Hall, turns: Turns) -> None:
+        """Those whose first token is only just possible go before others' turns."""
+        snapshot = hall.snapshot
+        for due, _, sequence in snapshot.waiting.urgent:
+            behind = min(sequence.num_tokens, snapshot.prefill_chunk)
+            needs = 0.0 if self._cost is None else self._cost.time(behind)
+            if due - 2 * needs > snapshot.now:
+                return  # none of the later ones presses either, give or take their length
+            if due < snapshot.now or not turns.may_jump(sequence):
+                continue  # too late to help, or its tenant has jumped enough
+            if hall.is_full or not hall.seat(sequence):
+                return
+            turns.took(sequence)
 
 
-def _share_rows(snapshot: Snapshot) -> list[Grant]:
+@dataclass(slots=True)
+class _Seated:
+    """How far a tenant's queue has been read, and who was passed over on the way."""
+
+    at: int = 0
+    passed: list[SequenceView] | None = None
+
+
+class _Hall:
+    """Admission in one plan: rows, slots and pages that are left."""
+
+    def __init__(
+        self, snapshot: Snapshot, grants: list[Grant], rows: int, available: int, overtaken: int
+    ) -> None:
+        self.snapshot = snapshot
+        self._grants = grants
+        self._rows = rows - sum(grant.num_rows for grant in grants)
+        self._slots = snapshot.max_sequences - len(snapshot.running)
+        self._available = available
+        # A page each for the decodes beside it, so as not to evict at once.
+        self._headroom = len(grants)
+        self._max_overtaken = overtaken
+        self._admitted: list[SequenceView] = []
+        self._ids: set[int] = set()
+        self._overtaken: Counter[int] = Counter()
+        self._passed: dict[int, SequenceView] = {}
+        self._why = ""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nobody more fits, however small."""
+        return self._rows <= 0 or self._slots <= 0
+
+    def seat(self, sequence: SequenceView) -> bool:
+        """Admit it if its whole length fits."""
+        snapshot = self.snapshot
+        pages = pages_for(sequence.num_tokens + 1, snapshot.page_size)
+        spare = self._headroom if snapshot.running or self._admitted else 0
+        if pages + spare > self._available:
+            return False
+        rows = min(sequence.num_tokens - sequence.num_computed, snapshot.prefill_chunk, self._rows)
+        self._grants.append(Grant(sequence, rows))
+        self._admitted.append(sequence)
+        self._ids.add(id(sequence))
+        self._available -= pages
+        self._headroom += 1
+        self._rows -= rows
+        self._slots -= 1
+        return True
+
+    def seat_by_turns(self, turns: Turns) -> None:
+        """Admit in turn until the step is full or the one in turn must wait for pages.
+
+        A tenant's request that does not fit may be passed over by a later one of the same
+        tenant, a limited number of times; never by another tenant's, so that fair shares hold.
+        """
+        queues = self.snapshot.waiting.tenants
+        read: dict[str, _Seated] = {}
+        while True:
+            tenant = turns.tenant()
+            if tenant is None:
+                return
+            if self.is_full:
+                self._why = "batch is full"
+                return
+            queue = queues[tenant]
+            place = read.setdefault(tenant, _Seated())
+            if place.at >= len(queue):
+                if place.passed:
+                    return
+                turns.done(tenant)
+                continue
+            sequence = queue[place.at]
+            place.at += 1
+            if id(sequence) in self._ids:
+                continue
+            if self.seat(sequence):
+                turns.took(sequence)
+                self._overtake(place.passed)
+                continue
+            self._why = "no pages"
+            place.passed = [*(place.passed or ()), sequence]
+            if not self._may_pass(place.passed):
+                return
+
+    def plan(self) -> Plan:
+        """What came of it."""
+        passed = [s for key, s in self._passed.items() for _ in range(self._overtaken[key])]
+        return Plan(admit=self._admitted, grants=self._grants, overtaken=passed, why=self._why)
+
+    def _may_pass(self, passed: list[SequenceView]) -> bool:
+        most = self._max_overtaken
+        return len(passed) <= most and all(
+            s.overtaken + self._overtaken[s.arrival] < most for s in passed
+        )
+
+    def _overtake(self, passed: list[SequenceView] | None) -> None:
+        for sequence in passed or ():
+            self._overtaken[sequence.arrival] += 1
+            self._passed[sequence.arrival] = sequence
+
+
+def _share_rows(snapshot: Snapshot, max_rows: int) -> list[Grant]:
     """Rows for running work: decodes, then prompt chunks."""
     grants: list[Grant] = []
     behind: list[SequenceView] = []
@@ -48,7 +195,7 @@ def _share_rows(snapshot: Snapshot) -> list[Grant]:
             grants.append(Grant(sequence, 1))
         elif missing > 1:
             behind.append(sequence)
-    left = snapshot.max_rows
+    left = max_rows
     del grants[left - int(left * PREFILL_SHARE) if behind else left :]
     left -= len(grants)
     for sequence in behind:
@@ -72,37 +219,35 @@ def _new_pages(grant: Grant, page_size: int) -> int:
 
 
 def _make_room(grants: list[Grant], snapshot: Snapshot) -> tuple[int, list[SequenceView]]:
-    """Drop the last in order until what stays has its pages; pages left, and the dropped."""
+    """Drop victims until what stays has its pages; pages left, and the victims.
+
+    The lowest band goes first, in it the one with least to recompute for a page it frees, of
+    equals the last in order. The first in order always stays: somebody gets on.
+    """
     need = {id(g.sequence): _new_pages(g, snapshot.page_size) for g in grants}
     missing = sum(need.values()) - snapshot.num_available
+    if missing <= 0:
+        return -missing, []
+    order = sorted(snapshot.running[1:], key=_loss)
     preempted: list[SequenceView] = []
-    for victim in reversed(snapshot.running):
-        if missing <= 0 or len(preempted) == len(snapshot.running) - 1:
+    for victim in order:
+        if missing <= 0:
             break
         preempted.append(victim)
         missing -= victim.num_pages + need.get(id(victim), 0)
-    if preempted:
-        gone = set(map(id, preempted))
-        grants[:] = [grant for grant in grants if id(grant.sequence) not in gone]
+    gone = set(map(id, preempted))
+    grants[:] = [grant for grant in grants if id(grant.sequence) not in gone]
     return -missing, preempted
 
 
-def _admit(grants: list[Grant], available: int, snapshot: Snapshot) -> list[SequenceView]:
-    left = snapshot.max_rows - sum(grant.num_rows for grant in grants)
-    slots = snapshot.max_sequences - len(snapshot.running)
-    headroom = len(grants)  # a page each for the decodes beside it, so as not to evict at once
-    admitted: list[SequenceView] = []
-    for sequence in snapshot.waiting:
-        if left <= 0 or len(admitted) == slots:
-            break
-        pages = pages_for(sequence.num_tokens + 1, snapshot.page_size)
-        spare = headroom if snapshot.running or admitted else 0
-        if pages + spare > available:
-            break
-        rows = min(sequence.num_tokens - sequence.num_computed, snapshot.prefill_chunk, left)
-        grants.append(Grant(sequence, rows))
-        admitted.append(sequence)
-        available -= pages
-        headroom += 1
-        left -= rows
-    return admitted
+def _loss(sequence: SequenceView) -> tuple[float, float, float]:
+    """Smallest is the best victim: band, tokens to recompute for a page, place from the end.
+
+    The first tokens of a page come free with it, so a page is counted as full or not begun:
+    only pages held beyond what is computed make a victim cheaper than its neighbours.
+    """
+    held = sequence.num_pages
+    if not held:
+        return (-sequence.priority, inf, 0.0)
+    cost = round(sequence.num_computed / held / 8)
+    return (-sequence.priority, cost, -sequence.rank[-1])

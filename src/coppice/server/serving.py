@@ -148,6 +148,9 @@ async def _requests(
                 cache_salt=f"{call.key.tenant}\n{body.cache_salt or ''}",
                 deadline_s=remaining,
                 speculate=body.speculate or "auto",
+                key=call.key.name,
+                ttft_s=body.ttft_s,
+                tpot_s=body.tpot_s,
             )
         )
     pages = max(-(-len(request.prompt) // facts.page_size) for request in requests)

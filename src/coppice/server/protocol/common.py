@@ -77,6 +77,8 @@ class SamplingFields(Fields):
     grammar: str | None = Field(None, min_length=1, max_length=65536)
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     deadline_s: float | None = Field(None, gt=0, le=86400)
+    ttft_s: float | None = Field(None, gt=0, le=86400)
+    tpot_s: float | None = Field(None, gt=0, le=86400)
     cache_salt: Label | None = None
     speculate: Literal["off", "auto"] | None = None
     user: Label | None = None
