@@ -67,7 +67,8 @@ ARRANGEMENTS = [
 SPECULATED = [
     Arrangement(batched, 64, cached, preempt, speculate)
     for speculate, (batched, cached, preempt) in itertools.product(
-        ("gossip", "auto"), ((False, False, False), (True, True, False), (True, False, True))
+        ("gossip", "auto", "suffix"),
+        ((False, False, False), (True, True, False), (True, False, True)),
     )
 ]
 

@@ -12,7 +12,7 @@ from coppice.settings import RoomConfig, cache_root, setting
 
 DType = Literal["auto", "float32", "bfloat16"]
 KVDType = Literal["auto", "int8"]
-Speculate = Literal["off", "auto", "lookup", "draft"]
+Speculate = Literal["off", "auto", "lookup", "suffix", "draft"]
 Quantization = Literal[
     "none",
     "int8",
@@ -118,8 +118,20 @@ class EngineConfig(RoomConfig):
     speculate: Speculate = setting(
         "off",
         "Guess ahead and verify several tokens in one step, without changing any answer: "
-        "'lookup' repeats what followed the same tokens before, 'draft' asks a small model, "
-        "'auto' takes what pays.",
+        "'lookup' repeats what followed the same tokens in the request, 'suffix' also what "
+        "followed them in earlier answers, 'draft' asks a small model, 'auto' takes what pays.",
+    )
+    history_mib: int = setting(
+        64,
+        "Most memory for earlier answers that 'suffix' and 'auto' look through, in MiB; tenants "
+        "are kept apart. 0 remembers none.",
+        minimum=0,
+        maximum=1 << 20,
+    )
+    keep_history: bool = setting(
+        False,
+        "Keep what 'history_mib' holds in the cache folder between starts. It contains what "
+        "users were answered, readable by this user only.",
     )
     draft_model: str | None = setting(
         None,

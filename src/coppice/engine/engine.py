@@ -239,6 +239,11 @@ class Engine:
         """Draft tokens ``drafted`` and ``accepted``, also by proposer; ``faults``."""
         return {} if self._speculator is None else self._speculator.totals
 
+    def close(self) -> None:
+        """The last call: what is kept between starts is written."""
+        if self._speculator is not None:
+            self._speculator.close()
+
     def check_pages(self) -> None:
         """Verify page conservation (`PageAllocator.check`)."""
         self.pages.check(iter(self._running))
@@ -267,6 +272,14 @@ class Engine:
             raise RequestError(
                 f"Token ids must lie between 0 and {self.model.facts.vocab_size - 1}.",
                 param="prompt",
+            )
+
+        names = [] if self._speculator is None else self._speculator.names
+        if request.speculate not in ("off", "auto", *names):
+            raise RequestError(
+                f"This engine does not guess ahead by {request.speculate!r}; send 'auto' or 'off'"
+                f"{''.join(f', or {name!r}' for name in names)}, or start it with --speculate.",
+                param="speculate",
             )
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
@@ -378,7 +391,7 @@ class Engine:
         views = [
             s
             for s in decoding
-            if isinstance(s, Sequence) and s.num_generated and s.request.speculate != "off"
+            if isinstance(s, Sequence) and s.num_generated and s.speculate != "off"
         ]
         return self._speculator.grow(views, rows=rows, spare=self.config.max_rows - rows)
 
@@ -434,6 +447,8 @@ class Engine:
             return
         sequence.finish_reason = reason
         self.policy.flows.charge(sequence, "ended", 0, 0.0)
+        if self._speculator is not None and sequence.speculate != "off":
+            self._speculator.learn(sequence, len(sequence.request.prompt))
         if sequence.slot >= 0:
             self._stop_running(sequence)
         elif sequence in self._waiting:  # not so while parked, or never queued

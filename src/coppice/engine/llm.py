@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class LLM:
         settings["quantization"] = "none" if quantization is None else quantization
         config = EngineConfig.from_values(model=model, dtype=dtype, **settings)
         self._engine = Engine(load_engine_model(config), config)
+        weakref.finalize(self, self._engine.close)  # at the latest when the interpreter ends
         self._lock = threading.Lock()
         self._random = random.Random(config.seed)
         self._count = 0

@@ -78,6 +78,7 @@ def _serve(connection: socket.socket, config: EngineConfig) -> int:
     send([Ready(engine.facts())])
     threading.Thread(target=_read, args=(connection, loop), name="reader", daemon=True).start()
     loop.run()
+    engine.close()
     return 0
 
 

@@ -18,6 +18,7 @@ MAX_STOP_BYTES = 256
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 
+SpeculateHow = Literal["off", "auto", "lookup", "suffix", "draft"]
 GrammarKind = Literal["json_schema", "json_object", "regex", "grammar", "tools"]
 
 
@@ -111,8 +112,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         cache_salt: scope of prefix sharing; requests share KV only within one salt.
         deadline_s: seconds from arrival after which the request expires with its partial
             output kept.
-        speculate: whether the engine, where it guesses ahead at all, may do so for this one;
-            its tokens are the same either way.
+        speculate: whether the engine, where it guesses ahead at all, may do so for this one,
+            or the only way in which it may; its tokens are the same either way. With ``off``
+            nothing of its answer is remembered for later guesses.
         key: name of the API key it came with, for metering.
         session: the agent's conversation it is a turn of; empty for none.
         ttft_s: seconds from arrival within which the first token is wanted.
@@ -129,7 +131,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = "default"
     cache_salt: str = ""
     deadline_s: float | None = None
-    speculate: Literal["off", "auto"] = "auto"
+    speculate: SpeculateHow = "auto"
     key: str = ""
     session: str = ""
     ttft_s: float | None = None

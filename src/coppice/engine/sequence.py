@@ -121,3 +121,13 @@ class Sequence:
     def tenant(self) -> str:
         """Whose share the work counts against."""
         return self.request.tenant
+
+    @property
+    def scope(self) -> str:
+        """Tenant and cache salt: whose earlier answers may help to guess ahead."""
+        return f"{self.request.tenant}\n{self.request.cache_salt}"
+
+    @property
+    def speculate(self) -> str:
+        """Name of the only proposer wanted, ``auto`` or ``off``."""
+        return self.request.speculate

@@ -8,7 +8,15 @@ from coppice.engine.loading import EngineModel, tokenizer_of
 from coppice.errors import ConfigError
 from coppice.models.load import load_model
 from coppice.models.locate import BUNDLED, BUNDLED_DRAFT
-from coppice.speculation import Controller, DraftModel, PromptLookup, Proposer, Speculator
+from coppice.speculation import (
+    Controller,
+    DraftModel,
+    History,
+    PromptLookup,
+    Proposer,
+    Speculator,
+    SuffixProposer,
+)
 
 
 def make_speculator(
@@ -17,7 +25,7 @@ def make_speculator(
     """The configured speculator, or None when speculation is off.
 
     Args:
-        config: ``speculate``, ``draft_model`` and ``speculate_depth``.
+        config: ``speculate``, ``draft_model``, ``speculate_depth`` and the history's.
         model: the target.
         cost: what its steps take.
         num_pages: KV pages of the target; a draft model gets as many of its own.
@@ -28,14 +36,26 @@ def make_speculator(
     if config.speculate == "off":
         return None
     proposers: list[Proposer] = []
-    if config.speculate in ("auto", "lookup"):
+    if config.speculate == "lookup":
         proposers.append(PromptLookup())
+    if config.speculate in ("auto", "suffix"):
+        proposers.append(SuffixProposer(_history(config, model)))
     if config.speculate in ("auto", "draft"):
         draft = _draft_model(config, model, num_pages)
         if draft is not None:
             proposers.append(draft)
     controller = Controller(cost.time, config.speculate_depth)
     return Speculator(proposers, controller, model.facts.vocab_size)
+
+
+def _history(config: EngineConfig, model: EngineModel) -> History | None:
+    if config.history_mib == 0:
+        return None
+    return History(
+        config.history_mib << 20,
+        folder=config.cache_folder / "history" if config.keep_history else None,
+        vocabulary=model.tokenizer.vocabulary_fingerprint,
+    )
 
 
 def _draft_model(config: EngineConfig, model: EngineModel, num_pages: int) -> DraftModel | None:

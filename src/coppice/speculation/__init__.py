@@ -6,9 +6,11 @@ sampler walks a tree with the request's own noise, so outputs never depend on th
 
 from coppice.speculation.control import Controller
 from coppice.speculation.draft import DraftModel
-from coppice.speculation.interfaces import DraftView, Proposer
+from coppice.speculation.history import History
+from coppice.speculation.interfaces import DraftView, Learner, Proposer
 from coppice.speculation.lookup import PromptLookup
 from coppice.speculation.speculator import Speculator
+from coppice.speculation.suffix import SuffixProposer
 from coppice.speculation.tree import ROOT, DraftTree
 
 __all__ = [
@@ -17,7 +19,10 @@ __all__ = [
     "DraftModel",
     "DraftTree",
     "DraftView",
+    "History",
+    "Learner",
     "PromptLookup",
     "Proposer",
     "Speculator",
+    "SuffixProposer",
 ]

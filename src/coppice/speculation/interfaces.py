@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from coppice.kernels.sampling import RowParams
 from coppice.speculation.tree import DraftTree
@@ -32,8 +32,13 @@ class DraftView(Protocol):
         ...
 
     @property
-    def tenant(self) -> str:
-        """Whose history the sequence may draw on."""
+    def scope(self) -> str:
+        """Tenant and cache salt: whose history the sequence may draw on."""
+        ...
+
+    @property
+    def speculate(self) -> str:
+        """Name of the only proposer wanted for it, or ``auto``."""
         ...
 
     @property
@@ -55,4 +60,17 @@ class Proposer(Protocol):
 
     def forget(self, arrival: int) -> None:
         """The sequence has ended or lost its pages; unknown numbers are no error."""
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A proposer that remembers answers for later requests."""
+
+    def learn(self, view: DraftView, num_prompt: int) -> None:
+        """An answer is complete: what stands after the first ``num_prompt`` tokens."""
+        ...
+
+    def close(self) -> None:
+        """The engine ends: keep what is to be kept."""
         ...

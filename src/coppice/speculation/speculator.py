@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from coppice.speculation.control import Controller
-from coppice.speculation.interfaces import DraftView, Proposer
+from coppice.speculation.interfaces import DraftView, Learner, Proposer
 from coppice.speculation.tree import DraftTree
 
 _log = logging.getLogger(__name__)
@@ -47,7 +47,11 @@ class Speculator:
         began = time.perf_counter()
         trees: dict[int, DraftTree] = {}
         for proposer in self._proposers:
-            left = [v for v in views if v.arrival not in trees]
+            left = [
+                v
+                for v in views
+                if v.arrival not in trees and v.speculate in ("auto", proposer.name)
+            ]
             if not left or spare <= 0:
                 break
             for view, tree in zip(left, self._ask(proposer, left, rows, spare), strict=True):
@@ -71,6 +75,27 @@ class Speculator:
         self._controller.forget(arrival)
         for proposer in self._proposers:
             proposer.forget(arrival)
+
+    def learn(self, view: DraftView, num_prompt: int) -> None:
+        """An answer is complete: proposers that remember may keep it."""
+        for proposer in self._proposers:
+            if isinstance(proposer, Learner):
+                try:
+                    proposer.learn(view, num_prompt)
+                except Exception:  # as in `_ask`
+                    _log.exception("Proposer %s failed to learn.", proposer.name)
+                    self.totals["faults"] += 1
+
+    def close(self) -> None:
+        """The engine ends."""
+        for proposer in self._proposers:
+            if isinstance(proposer, Learner):
+                proposer.close()
+
+    @property
+    def names(self) -> list[str]:
+        """What a request may ask for by name."""
+        return [proposer.name for proposer in self._proposers]
 
     def _ask(
         self, proposer: Proposer, views: Sequence[DraftView], rows: int, spare: int

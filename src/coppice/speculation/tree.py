@@ -22,11 +22,14 @@ class DraftTree:
         source: name of the proposer, for metrics and calibration.
         tokens: token ids.
         parents: number of each node's parent, below its own, or `ROOT`.
+        logf: estimated log probability that a node's whole path is accepted, where the
+            proposer has one: steers how much is verified and nothing else. All or none.
     """
 
     source: str
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
+    logf: list[float] = field(default_factory=list)
 
     @classmethod
     def chain(cls, source: str, tokens: Iterable[int]) -> DraftTree:
@@ -37,12 +40,14 @@ class DraftTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def add(self, token: int, parent: int) -> int:
+    def add(self, token: int, parent: int, logf: float | None = None) -> int:
         """Append a node and return its number."""
         if not ROOT <= parent < len(self.tokens):
             raise ValueError(f"node {len(self.tokens)} stands before its parent {parent}")
         self.tokens.append(token)
         self.parents.append(parent)
+        if logf is not None:
+            self.logf.append(logf)
         return len(self.tokens) - 1
 
     def child(self, node: int, token: int) -> int | None:
@@ -63,6 +68,7 @@ class DraftTree:
         """Whether arrays agree, parents come first and every token is in the vocabulary."""
         return (
             len(self.tokens) == len(self.parents)
+            and len(self.logf) in (0, len(self.tokens))
             and all(type(t) is int and 0 <= t < vocab_size for t in self.tokens)
             and all(ROOT <= p < i for i, p in enumerate(self.parents))
         )

@@ -18,7 +18,8 @@ class View:
     tokens: list[int]
     arrival: int = 1
     room: int = 100
-    tenant: str = ""
+    scope: str = ""
+    speculate: str = "auto"
     row: RowParams = field(default_factory=lambda: RowParams(vocab_size=50))
 
 

@@ -144,6 +144,7 @@ void bind_attention(nb::module_& m) {
 namespace coppice {
 void bind_sampler(nb::module_& m);  // sampler.cpp
 void bind_program(nb::module_& m);  // bind_program.cpp
+void bind_suffix(nb::module_& m);   // bind_suffix.cpp
 }
 
 NB_MODULE(_native, m) {
@@ -168,4 +169,5 @@ NB_MODULE(_native, m) {
   bind_attention(m);
   coppice::bind_sampler(m);
   coppice::bind_program(m);
+  coppice::bind_suffix(m);
 }

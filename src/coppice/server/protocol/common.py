@@ -6,7 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from coppice.engine.request import MAX_LOGIT_BIAS, MAX_N, MAX_STOP, MAX_STOP_BYTES
+from coppice.engine.request import (
+    MAX_LOGIT_BIAS,
+    MAX_N,
+    MAX_STOP,
+    MAX_STOP_BYTES,
+    SpeculateHow,
+)
 
 TOKEN_ID_LIMIT, TOKEN_ID_TITLE = 2**31, "Token id"
 TokenId = Annotated[int, Field(ge=0, lt=TOKEN_ID_LIMIT, title=TOKEN_ID_TITLE)]
@@ -80,7 +86,7 @@ class SamplingFields(Fields):
     ttft_s: float | None = Field(None, gt=0, le=86400)
     tpot_s: float | None = Field(None, gt=0, le=86400)
     cache_salt: Label | None = None
-    speculate: Literal["off", "auto"] | None = None
+    speculate: SpeculateHow | None = None
     user: Label | None = None
 
 
