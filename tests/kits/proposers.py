@@ -19,6 +19,7 @@ class Gossip:
 
     name = "gossip"
     pass_s = 0.0
+    branches = False
 
     def __init__(self, answers: Sequence[Sequence[int]], seed: int, vocab_size: int) -> None:
         self._answers = [list(a) for a in answers]

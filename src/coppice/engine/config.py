@@ -13,6 +13,7 @@ from coppice.settings import RoomConfig, cache_root, setting
 DType = Literal["auto", "float32", "bfloat16"]
 KVDType = Literal["auto", "int8"]
 Speculate = Literal["off", "auto", "lookup", "suffix", "draft"]
+Verify = Literal["match", "chain", "mss", "swor"]
 Quantization = Literal[
     "none",
     "int8",
@@ -143,6 +144,18 @@ class EngineConfig(RoomConfig):
         "Most tokens guessed ahead for one sequence.",
         minimum=1,
         maximum=64,
+    )
+    speculate_nodes: int = setting(
+        24,
+        "Most guesses verified for one sequence in one step, those on other branches counted.",
+        minimum=1,
+        maximum=4096,
+    )
+    verify: Verify = setting(
+        "match",
+        "How sampled answers keep to the model: 'match' keeps every token what it is without "
+        "guessing; 'chain', 'mss' and 'swor' keep its distribution only, over a draft model's "
+        "guesses.",
     )
     policy: PolicyName = setting(
         "fcfs",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 from coppice.cost import StepCost
 from coppice.engine.config import EngineConfig
 from coppice.engine.loading import EngineModel, tokenizer_of
@@ -17,6 +20,12 @@ from coppice.speculation import (
     Speculator,
     SuffixProposer,
 )
+from coppice.speculation.shapes import BestShapes, Shape
+from coppice.speculation.verify import Rule
+
+TYPICAL_SWOR = (0.6, 0.16, 0.07, 0.04, 0.02, 0.015, 0.01, 0.008)
+TYPICAL_MSS = (0.6, 0.11, 0.05, 0.03, 0.015, 0.01, 0.006, 0.004)
+"""Chances that the child of each rank is the accepted one, for shapes without measurements."""
 
 
 def make_speculator(
@@ -35,17 +44,19 @@ def make_speculator(
     """
     if config.speculate == "off":
         return None
+    controller = Controller(cost.time, config.speculate_depth)
     proposers: list[Proposer] = []
     if config.speculate == "lookup":
         proposers.append(PromptLookup())
     if config.speculate in ("auto", "suffix"):
         proposers.append(SuffixProposer(_history(config, model)))
     if config.speculate in ("auto", "draft"):
-        draft = _draft_model(config, model, num_pages)
+        draft = _draft_model(config, model, num_pages, controller.token_s)
         if draft is not None:
             proposers.append(draft)
-    controller = Controller(cost.time, config.speculate_depth)
-    return Speculator(proposers, controller, model.facts.vocab_size)
+    return Speculator(
+        proposers, controller, model.facts.vocab_size, max_nodes=config.speculate_nodes
+    )
 
 
 def _history(config: EngineConfig, model: EngineModel) -> History | None:
@@ -58,7 +69,9 @@ def _history(config: EngineConfig, model: EngineModel) -> History | None:
     )
 
 
-def _draft_model(config: EngineConfig, model: EngineModel, num_pages: int) -> DraftModel | None:
+def _draft_model(
+    config: EngineConfig, model: EngineModel, num_pages: int, token_s: Callable[[], float]
+) -> DraftModel | None:
     name = config.draft_model or (BUNDLED_DRAFT if config.model == BUNDLED else None)
     if name is None:
         if config.speculate == "draft":
@@ -80,4 +93,21 @@ def _draft_model(config: EngineConfig, model: EngineModel, num_pages: int) -> Dr
         num_pages=num_pages,
         page_size=config.page_size,
         max_context=loaded.decoder.max_context,
+        depth=config.speculate_depth,
+        rule=config.verify,
+        shape=None if config.verify == "match" else _shape_for(config.verify),
+        token_s=token_s,
     )
+
+
+def _shape_for(rule: Rule) -> Callable[[int, int], Shape]:
+    """The shape of a tree of so many nodes and levels; a chain where the rule takes no more."""
+
+    @functools.cache
+    def shape(num_nodes: int, levels: int) -> Shape:
+        if rule == "chain":
+            return Shape.expansion([1] * levels)
+        ranks = TYPICAL_MSS if rule == "mss" else TYPICAL_SWOR
+        return BestShapes(ranks, num_nodes + 1, levels + 1).shape(num_nodes + 1, levels + 1)
+
+    return shape

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from coppice.cache.pool import KVPool
 from coppice.engine.batch import BatchLayout
+from coppice.engine.decide import decide
 from coppice.engine.loading import Decoder
 from coppice.engine.messages import TokenLogprob
 from coppice.engine.pages import SequencePages
@@ -196,7 +197,7 @@ class StepRunner:
             if len(open_walks) != logits.shape[0]:
                 places = [walk.place + 1 + walk.node for walk in open_walks]
                 rows = logits.index_select(0, torch.tensor(places))
-            tokens, logprobs, faults = self._choose(rows, [walk.sequence for walk in open_walks])
+            tokens, logprobs, faults = self._choose(rows, open_walks)
             chosen += len(tokens)
             going = []
             for i, walk in enumerate(open_walks):
@@ -210,17 +211,23 @@ class StepRunner:
         return chosen
 
     def _choose(
-        self, logits: Tensor, sequences: list[Sequence]
+        self, logits: Tensor, walks: list[Walk]
     ) -> tuple[list[int], list[TokenLogprob | None] | None, dict[int, str]]:
-        """One token for each sequence from its row of ``logits [W, V]``, logprobs, faults by row.
+        """One token for each walk from its row of ``logits [W, V]``, logprobs, faults by row.
 
         A constraint that fails takes its own row with it and no other.
         """
         faults: dict[int, str] = {}
+        sequences = [walk.sequence for walk in walks]
         constrained = [i for i, s in enumerate(sequences) if s.grammar is not None]
         masks = None
         if constrained:
             masks = [_mask(s, i, faults) for i, s in enumerate(sequences)]
+        for i, walk in enumerate(walks):
+            draws = None if walk.tree is None else walk.tree.drawn.get(walk.node)
+            if draws is not None and i not in faults:
+                masks = masks or [None] * len(walks)
+                masks[i] = decide(walk.sequence, draws, logits[i], masks[i])
         drawn = sample(
             logits,
             [s.sampler for s in sequences],

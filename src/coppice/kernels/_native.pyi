@@ -129,6 +129,17 @@ def sample(
     top_columns: int,
     /,
 ) -> None: ...
+def rank(
+    logits: int,
+    params: int,
+    position: int,
+    token: int,
+    share: int,
+    rows: int,
+    vocab: int,
+    width: int,
+    /,
+) -> None: ...
 def gumbel(seed: int, position: int, n: int, out: int, /) -> None: ...
 def attention(
     q: int,

@@ -11,7 +11,7 @@ from coppice.speculation.interfaces import DraftView, Learner, Proposer
 from coppice.speculation.lookup import PromptLookup
 from coppice.speculation.speculator import Speculator
 from coppice.speculation.suffix import SuffixProposer
-from coppice.speculation.tree import ROOT, DraftTree
+from coppice.speculation.tree import ROOT, DraftTree, Drawn
 
 __all__ = [
     "ROOT",
@@ -19,6 +19,7 @@ __all__ = [
     "DraftModel",
     "DraftTree",
     "DraftView",
+    "Drawn",
     "History",
     "Learner",
     "PromptLookup",

@@ -10,8 +10,12 @@ seconds. Zero nodes is a point like any other.
 from __future__ import annotations
 
 import heapq
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from coppice.speculation.tree import DraftTree
 
 PRIOR = 4.0
 """Tokens' worth of weight the proposer's average has in a new sequence's estimate."""
@@ -48,6 +52,39 @@ class Controller:
         self._overall: dict[str, Record] = {}
         self._records: dict[tuple[str, int], Record] = {}
         self._idle: dict[int, int] = {}
+        self._token_s = 0.0
+
+    def token_s(self) -> float:
+        """Seconds a token of the batch costs at present, as far as sizes were asked for."""
+        return self._token_s
+
+    def trim(
+        self, trees: Sequence[DraftTree | None], *, rows: int, spare: int
+    ) -> list[DraftTree | None]:
+        """Of trees with chances, the nodes worth a row: none, if none is.
+
+        Nodes enter in order of their chances, which fall along a path; the best point of that
+        order by expected tokens over seconds is kept. What growing took is spent already.
+
+        Args:
+            trees: all of `DraftTree.logf`.
+            rows: rows the step has without them.
+            spare: rows it may have more.
+        """
+        nodes = [(f, i) for i, tree in enumerate(trees) if tree is not None for f in tree.logf]
+        nodes.sort(key=lambda node: -node[0])
+        expected = float(len(trees))
+        best_rate, best = expected / self._step_s(rows), 0
+        for taken, (logf, _) in enumerate(nodes[:spare], start=1):
+            expected += math.exp(logf)
+            rate = expected / self._step_s(rows + taken)
+            if rate > best_rate:
+                best_rate, best = rate, taken
+        counts = Counter(i for _, i in nodes[:best])
+        return [
+            tree.best(counts[i]) if tree is not None and counts[i] else None
+            for i, tree in enumerate(trees)
+        ]
 
     def chance(self, source: str, arrival: int) -> float:
         """Estimated probability that this proposer's next token for a sequence is accepted."""
@@ -86,6 +123,7 @@ class Controller:
             rate = expected / (self._step_s(rows + taken) + deepest * pass_s)
             if rate > best_rate:
                 best_rate, best = rate, list(depths)
+        self._token_s = 1.0 / best_rate
         return self._with_retries(arrivals, best, spare)
 
     def observe(self, source: str, arrival: int, drafted: int, accepted: int) -> None:

@@ -1,179 +1,175 @@
-"""A small model of the same vocabulary drafts; the request's own noise decides its tokens.
+"""A small model of the same vocabulary drafts; the request's own noise ranks its tokens.
 
-Drawing the draft with the noise that the target will use at the same position (Gumbel-max
-coupling) makes the two agree as often as their distributions allow, at any temperature.
-Leviathan et al., Fast Inference from Transformers via Speculative Decoding (ICML 2023) is
-the method; the coupling replaces its rejection rule, so the path itself does not change.
+Ranking the draft's tokens with the noise that the target will use at the same position
+(Gumbel-max coupling) makes the two agree as often as their distributions allow, at any
+temperature. Leviathan et al., Fast Inference from Transformers via Speculative Decoding
+(ICML 2023) is the method; the coupling replaces its rejection rule, so the path itself does
+not change. Where a rule of `coppice.speculation.verify` is to keep the distribution instead,
+children are drawn with noise of their own.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from coppice.cache import PageAllocator
-from coppice.cache.pool import KVPool
-from coppice.kernels.rows import Rows
-from coppice.kernels.sampling import choose
-from coppice.models.kv import KVLayout
+from coppice.kernels.ranking import distribution, rank
+from coppice.kernels.sampling import RowParams
+from coppice.speculation.growth import BestFirst, Growth, Shaped
 from coppice.speculation.interfaces import DraftView
-from coppice.speculation.tree import DraftTree
+from coppice.speculation.reader import DraftDecoder, DraftReader, Reader
+from coppice.speculation.shapes import Shape
+from coppice.speculation.tree import ROOT, DraftTree, Drawn
+from coppice.speculation.verify import Rule, draw_children
 
-PREFILL_ROWS = 512
-"""Rows of a prompt the draft reads in one pass."""
-
-
-class DraftDecoder(Protocol):
-    """What is needed of the small model."""
-
-    def forward(self, rows: Rows, pool: KVPool) -> Tensor:
-        """Logits ``[W, V]`` of the wanted rows."""
-        ...
-
-    def kv_layout(self, page_size: int) -> KVLayout:
-        """Shapes of its KV pages."""
-        ...
+WIDTH = 8
+"""Most children of a node of a freely growing tree."""
+BEAMS = 4
+"""Nodes of one tree that are extended in one pass."""
 
 
 @dataclass(slots=True)
-class _Reader:
-    """How far the draft has read a sequence: ``tokens`` have KV in ``pages``."""
+class _Tree:
+    """A tree being grown for one sequence."""
 
-    tokens: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
+    index: int
+    view: DraftView
+    reader: Reader
+    growth: Growth
+    logits: dict[int, NDArray[np.float32]]
+    """Of nodes whose children are drawn, until they are."""
 
 
 class DraftModel:
-    """Proposes chains by running a small decoder ahead of the target.
+    """Proposes trees by running a small decoder ahead of the target.
 
     Args:
         decoder: the small model.
         num_pages: KV pages it may hold; a sequence that finds none is not drafted for.
         page_size: tokens a page.
         max_context: positions the decoder knows.
+        depth: most levels of a tree.
+        rule: what verifies: it says how children are drawn.
+        shape: of the trees of so many nodes, instead of growth by probability. Rules but
+            ``match`` need one: their trees must not depend on the tokens drawn.
+        token_s: what a token costs at present, in seconds; a pass that promises less than
+            it costs is not made.
     """
 
     name = "draft"
+    branches = True
 
     def __init__(
-        self, decoder: DraftDecoder, *, num_pages: int, page_size: int, max_context: int
+        self,
+        decoder: DraftDecoder,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_context: int,
+        depth: int = 8,
+        rule: Rule = "match",
+        shape: Callable[[int, int], Shape] | None = None,
+        token_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self._decoder = decoder
-        self._page_size = page_size
+        if rule != "match" and shape is None:
+            raise ValueError(f"the rule {rule!r} needs trees of a fixed shape")
+        self._reader = DraftReader(decoder, num_pages=num_pages, page_size=page_size)
         self._max_context = max_context
-        self._pool = KVPool(decoder.kv_layout(page_size), num_pages)
-        self._allocator = PageAllocator(num_pages)
-        self._readers: dict[int, _Reader] = {}
+        self._depth = depth
+        self._rule = rule
+        self._shape = shape
+        self._token_s = token_s
         self.pass_s = 0.0
         """Seconds of a drafting pass, smoothed."""
 
     def propose(self, views: Sequence[DraftView], limits: Sequence[int]) -> list[DraftTree | None]:
         """See `Proposer`. One pass of the small model for each level of the deepest tree."""
+        growing: list[_Tree] = []
+        for i, (view, limit) in enumerate(zip(views, limits, strict=True)):
+            if limit > 0 and (tree := self._begin(i, view, limit)) is not None:
+                growing.append(tree)
         trees: list[DraftTree | None] = [None] * len(views)
-        active: list[int] = []
-        for i, view in enumerate(views):
-            if limits[i] > 0 and self._read_up_to(view, limits[i]):
-                trees[i] = DraftTree(self.name)
-                active.append(i)
-        pending = {
-            i: views[i].tokens[len(self._readers[views[i].arrival].tokens) :] for i in active
-        }
-        while pending:
-            began = time.perf_counter()
-            logits = self._run([(views[i], pending[i]) for i in pending]).numpy()
-            positions = np.array(
-                [len(self._readers[views[i].arrival].tokens) for i in pending], np.int64
-            )
-            drawn = choose(logits, [views[i].row for i in pending], positions).tokens.tolist()
-            following: dict[int, list[int]] = {}
-            for i, token in zip(pending, drawn, strict=True):
-                tree = trees[i]
-                assert tree is not None
-                if token < 0:
-                    continue
-                tree.add(token, len(tree) - 1)
-                if len(tree) < limits[i]:
-                    following[i] = [token]
-            self.pass_s += 0.1 * (time.perf_counter() - began - self.pass_s)
-            pending = following
-        return [tree if tree is None or len(tree) else None for tree in trees]
+        active = growing
+        while active:
+            wants = [(tree, nodes) for tree in active if (nodes := tree.growth.wants())]
+            if wants:
+                self._pass(wants)
+            active = [tree for tree, _ in wants]
+        for tree in growing:
+            grown = tree.growth.finish()
+            trees[tree.index] = grown if len(grown) else None
+        return trees
 
     def forget(self, arrival: int) -> None:
         """See `Proposer`."""
-        reader = self._readers.pop(arrival, None)
-        for page in () if reader is None else reader.pages:
-            self._allocator.release(page)
+        self._reader.forget(arrival)
 
-    def _read_up_to(self, view: DraftView, limit: int) -> bool:
-        """Bring a reader to the committed tokens, all but a last piece that `propose` runs.
+    def _begin(self, index: int, view: DraftView, limit: int) -> _Tree | None:
+        """A growth for one sequence; None where there is no room for it."""
+        depth = min(self._depth, limit)
+        shape = None if self._shape is None else self._shape(limit, depth)
+        slots = depth * (1 + BEAMS) if shape is None else depth + len(shape)
+        if len(view.tokens) + depth > self._max_context:
+            return None
+        reader = self._reader.catch_up(view.arrival, view.tokens, slots)
+        if reader is None:
+            return None
+        logits: dict[int, NDArray[np.float32]] = {}
+        growth: Growth
+        if shape is None:
+            least = self.pass_s / max(self._token_s(), 1e-9) if self._token_s() else 0.0
+            growth = BestFirst(self.name, limit, beams=BEAMS, depth=depth, least=least)
+        else:
+            growth = Shaped(self.name, shape, self._drawer(view, logits))
+        return _Tree(index, view, reader, growth, logits)
 
-        Returns:
-            False when there are no pages or positions for it.
-        """
-        tokens = view.tokens
-        reader = self._readers.setdefault(view.arrival, _Reader())
-        same = _common(reader.tokens, tokens, at_most=len(tokens) - 1)
-        del reader.tokens[same:]
-        if len(tokens) + limit > self._max_context:
-            return False
-        missing = -(-(len(tokens) + limit) // self._page_size) - len(reader.pages)
-        if missing > self._allocator.num_free:
-            return False
-        reader.pages.extend(self._allocator.alloc() for _ in range(missing))
-        while len(tokens) - len(reader.tokens) > PREFILL_ROWS:
-            at = len(reader.tokens)
-            self._run([(view, tokens[at : at + PREFILL_ROWS])])
-        return True
-
-    def _run(self, work: list[tuple[DraftView, list[int]]]) -> Tensor:
-        """One pass over the next tokens of some sequences; logits of each one's last."""
-        readers = [self._readers[view.arrival] for view, _ in work]
-        counts = [len(tokens) for _, tokens in work]
-        total = sum(counts)
-        fields = np.empty((6, total), np.int32)
-        token, position, owner, parent, slot, adapter = fields
-        adapter[:] = -1
-        parent[:] = np.arange(-1, total - 1)
+    def _pass(self, wants: Sequence[tuple[_Tree, list[int]]]) -> None:
+        """One pass of the small model for the wanted nodes of all trees."""
+        began = time.perf_counter()
+        logits = self._reader.read(
+            [(t.reader, t.view.tokens, t.growth.tree, nodes) for t, nodes in wants]
+        ).numpy()
+        rows: list[RowParams] = []
+        positions: list[int] = []
+        for tree, nodes in wants:
+            rows.extend([tree.view.row] * len(nodes))
+            depths = _depths_of(tree.growth.tree, nodes)
+            positions.extend(len(tree.view.tokens) + depth for depth in depths)
+        tokens, shares = rank(logits, rows, positions, min(WIDTH, logits.shape[1]))
+        listed, logs = tokens.tolist(), shares.tolist()
         at = 0
-        for s, (_, tokens) in enumerate(work):
-            end, start = at + counts[s], len(readers[s].tokens)
-            token[at:end] = tokens
-            position[at:end] = slot[at:end] = range(start, start + counts[s])
-            owner[at:end] = s
-            parent[at] = -1
-            at = end
-        table = np.full((len(work), max(len(r.pages) for r in readers)), -1, np.int32)
-        for s, reader in enumerate(readers):
-            table[s, : len(reader.pages)] = reader.pages
-        arrays = torch.from_numpy(fields)
-        logits = self._decoder.forward(
-            Rows(
-                token=arrays[0],
-                position=arrays[1],
-                sequence=arrays[2],
-                parent=arrays[3],
-                slot=arrays[4],
-                adapter=arrays[5],
-                logit_rows=torch.from_numpy(np.cumsum(counts, dtype=np.int32) - 1),
-                page_table=torch.from_numpy(table),
-                prefix_len=torch.tensor([len(r.tokens) for r in readers], dtype=torch.int32),
-            ),
-            self._pool,
-        )
-        for reader, (_, tokens) in zip(readers, work, strict=True):
-            reader.tokens.extend(tokens)
-        return logits
+        for tree, nodes in wants:
+            for node in nodes:
+                tree.logits[node] = logits[at]
+                tree.growth.extend(node, listed[at], logs[at])
+                at += 1
+        self.pass_s += 0.1 * (time.perf_counter() - began - self.pass_s)
+
+    def _drawer(
+        self, view: DraftView, logits: dict[int, NDArray[np.float32]]
+    ) -> Callable[[int, int, int], Drawn] | None:
+        """Draws children for the rule; None where they are matched."""
+        if self._rule == "match" or view.row.inv_temperature == 0.0:
+            return None
+        row, rule, base = view.row, self._rule, len(view.tokens)
+
+        def draw(node: int, depth: int, count: int) -> Drawn:
+            q = distribution(logits.pop(node), row)
+            return draw_children(q, count, rule, seed=row.seed, position=base + depth)
+
+        return draw
 
 
-def _common(a: list[int], b: list[int], at_most: int) -> int:
-    """Length of the common beginning of two lists, at most so much."""
-    limit = min(len(a), len(b), at_most)
-    if a[:limit] == b[:limit]:
-        return limit
-    return next(i for i in range(limit) if a[i] != b[i])
+def _depths_of(tree: DraftTree, nodes: Sequence[int]) -> list[int]:
+    """Levels below the root; 0 for the root itself."""
+    found = []
+    for node in nodes:
+        depth, above = 0, node
+        while above != ROOT:
+            depth, above = depth + 1, tree.parents[above]
+        found.append(depth)
+    return found

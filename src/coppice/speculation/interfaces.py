@@ -53,6 +53,8 @@ class Proposer(Protocol):
     name: str
     pass_s: float
     """Seconds it takes for one more token of every sequence; 0 where that is next to nothing."""
+    branches: bool
+    """Whether it makes use of more nodes than a chain would have."""
 
     def propose(self, views: Sequence[DraftView], limits: Sequence[int]) -> list[DraftTree | None]:
         """One tree for each view, of at most so many nodes; None for no proposal."""

@@ -32,6 +32,7 @@ class PromptLookup:
 
     name = "lookup"
     pass_s = 0.0
+    branches = False
 
     def __init__(self, shortest: int = 2, longest: int = 4) -> None:
         if not 1 <= shortest <= longest:

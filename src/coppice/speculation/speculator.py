@@ -24,14 +24,21 @@ class Speculator:
         proposers: asked in order; the first that has something for a sequence is taken.
         controller: how much is worth it.
         vocab_size: the target's.
+        max_nodes: of a tree that branches; 0 lets none branch.
     """
 
     def __init__(
-        self, proposers: Sequence[Proposer], controller: Controller, vocab_size: int
+        self,
+        proposers: Sequence[Proposer],
+        controller: Controller,
+        vocab_size: int,
+        *,
+        max_nodes: int = 0,
     ) -> None:
         self._proposers = proposers
         self._controller = controller
         self._vocab_size = vocab_size
+        self._max_nodes = max_nodes
         self.totals: Counter[str] = Counter()
         """``drafted`` and ``accepted`` tokens, ``faults``; ``drafted_X`` by proposer."""
         self.draft_s = 0.0
@@ -64,7 +71,7 @@ class Speculator:
 
     def observe(self, arrival: int, tree: DraftTree, accepted: int) -> None:
         """Learn that the first ``accepted`` levels of a tree were kept."""
-        self._controller.observe(tree.source, arrival, len(tree), accepted)
+        self._controller.observe(tree.source, arrival, max(tree.depths()), accepted)
         self.totals["drafted"] += len(tree)
         self.totals["accepted"] += accepted
         self.totals[f"drafted_{tree.source}"] += len(tree)
@@ -111,6 +118,10 @@ class Speculator:
         limits = [min(n, v.room - 1) for n, v in zip(limits, views, strict=True)]
         if max(limits) <= 0:
             return [None] * len(views)
+        if proposer.branches and self._max_nodes:
+            share = min(self._max_nodes, spare // sum(n > 0 for n in limits))
+            most = [min(share, v.room - 1) for v in views]
+            limits = [m if n > 0 else 0 for n, m in zip(limits, most, strict=True)]
         try:
             trees = proposer.propose(views, limits)
             fine = len(trees) == len(views) and all(
@@ -120,6 +131,8 @@ class Speculator:
         except Exception:  # a plug-in's fault must cost no request
             _log.exception("Proposer %s failed; this step is not speculated.", proposer.name)
             fine = False
+        if fine and proposer.branches and any(t and t.logf and not t.drawn for t in trees):
+            return self._controller.trim(trees, rows=rows, spare=spare)
         if fine:
             return trees
         self.totals["faults"] += 1

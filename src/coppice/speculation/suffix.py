@@ -43,6 +43,7 @@ class SuffixProposer:
 
     name = "suffix"
     pass_s = 0.0
+    branches = False
 
     def __init__(
         self, history: History | None = None, clock: Callable[[], float] = time.monotonic

@@ -62,6 +62,7 @@ class Bad:
 
     name = "bad"
     pass_s = 0.0
+    branches = False
 
     def __init__(self, answer: Callable[[], list[DraftTree | None]]) -> None:
         self.answer = answer

@@ -27,7 +27,7 @@ using Keys = std::vector<uint64_t>;
 const auto first = std::greater<uint64_t>();
 
 struct Scratch {
-  std::vector<float> x, y, saved;
+  std::vector<float> x, y, saved, noise, scores;
   Keys keys, room;
   std::vector<uint64_t> masses;
   uint64_t histogram[BUCKETS];
@@ -163,13 +163,11 @@ uint64_t last_of_mass(const Logits& in, double top_p, const SamplerTable& lanes,
   return reach(s.keys, split - s.keys.begin(), before, target, lanes, s);
 }
 
-// Steps top_k, top_p, min_p and the choice. With top_k or top_p, s.keys lists candidates.
-int64_t draw(const Logits& in, const SamplerRow& row, int64_t position, int64_t top_token,
-             const SamplerTable& lanes, Scratch& s) {
-  const uint64_t at = static_cast<uint64_t>(position);
+// Steps top_k and top_p, and min_p of what they kept, into s.keys. False, with nothing listed,
+// where neither is on.
+bool list_kept(const Logits& in, const SamplerRow& row, const SamplerTable& lanes, Scratch& s) {
   const bool top_k = row.top_k > 0 && row.top_k < in.n;
-  if (!top_k && row.top_p >= 1.0)
-    return lanes.draw(in, {row.log_min_p, in.n}, row.seed, at, top_token);
+  if (!top_k && row.top_p >= 1.0) return false;
   if (top_k) collect_top(in, row.top_k, lanes, s);
   uint64_t last = 0;
   if (row.top_p < 1.0 && top_k) {
@@ -181,10 +179,43 @@ int64_t draw(const Logits& in, const SamplerRow& row, int64_t position, int64_t 
   }
   const auto dropped = [&](uint64_t key) { return key < last || key_y(key) < row.log_min_p; };
   s.keys.erase(std::remove_if(s.keys.begin(), s.keys.end(), dropped), s.keys.end());
+  return true;
+}
+
+// Steps top_k, top_p, min_p and the choice.
+int64_t draw(const Logits& in, const SamplerRow& row, int64_t position, int64_t top_token,
+             const SamplerTable& lanes, Scratch& s) {
+  const uint64_t at = static_cast<uint64_t>(position);
+  if (!list_kept(in, row, lanes, s))
+    return lanes.draw(in, {row.log_min_p, in.n}, row.seed, at, top_token);
   const int64_t count = static_cast<int64_t>(s.keys.size());
   if (count <= in.n / 8) return lanes.draw_listed(s.keys.data(), count, row.seed, at);
   const uint64_t cut = *std::min_element(s.keys.begin(), s.keys.end());
   return lanes.draw(in, {key_y(cut), key_token(cut)}, row.seed, at, top_token);
+}
+
+// What the argmax of a draw is taken over, y + noise or the logits themselves, in s.scores;
+// the largest of them.
+float score(const Logits& in, const SamplerRow& row, int64_t position, const SamplerTable& lanes,
+            Scratch& s) {
+  s.scores.assign(in.n, NEVER);
+  if (row.inv_temperature == 0.0f) {
+    std::copy_n(in.x, in.n, s.scores.begin());
+    return in.top;
+  }
+  s.noise.resize(in.n);
+  lanes.noise(row.seed, static_cast<uint64_t>(position), in.n, s.noise.data());
+  float best = NEVER;
+  const auto keep = [&](int64_t token) {
+    const float y = (in.x[token] - in.top) * row.inv_temperature;
+    if (y < row.log_min_p) return;
+    best = std::max(best, s.scores[token] = y + s.noise[token]);
+  };
+  if (list_kept(in, row, lanes, s))
+    for (const uint64_t key : s.keys) keep(key_token(key));
+  else
+    for (int64_t token = 0; token < in.n; ++token) keep(token);
+  return best;
 }
 
 // ../sampling_reference.py: _log
@@ -214,6 +245,32 @@ void add_logprobs(const SampleArgs& a, int64_t i, float top, int64_t num_top,
   for (size_t k = 0; k < s.keys.size(); ++k) {
     a.top_token[i * a.top_columns + k] = static_cast<int32_t>(key_token(s.keys[k]));
     a.top_logprob[i * a.top_columns + k] = logprob(key_token(s.keys[k]));
+  }
+}
+
+// The first `width` tokens by score, with the logarithms of their shares of all e^score.
+void rank_row(const RankArgs& a, int64_t i, const SamplerTable& lanes) {
+  static thread_local Scratch s;
+  s.keys.clear();
+  std::fill_n(a.token + i * a.width, a.width, -1);
+  std::fill_n(a.share + i * a.width, a.width, NEVER);
+  const SamplerRow& row = *a.params[i];
+  const float* raw = a.logits + i * a.vocab;
+  const int64_t n = std::min<int64_t>(a.vocab, std::max(row.vocab_size, 0));
+  float top;
+  if (!lanes.scan(raw, a.vocab, &top)) return;
+  const float* x = process(raw, n, row, nullptr, 0, lanes, s);
+  lanes.scan(x, n, &top);
+  if (n == 0 || top == NEVER) return;
+  const Logits in{x, n, top, row.inv_temperature};
+  const float best = score(in, row, a.position[i], lanes, s);
+  const Logits scores{s.scores.data(), n, best, 1.0f};
+  const double total = log_fixed(static_cast<double>(lanes.total_mass(scores))) - MASS_BITS * LN2;
+  collect_top(scores, std::min(a.width, n), lanes, s);
+  std::sort(s.keys.begin(), s.keys.end(), first);
+  for (size_t k = 0; k < s.keys.size(); ++k) {
+    a.token[i * a.width + k] = static_cast<int32_t>(key_token(s.keys[k]));
+    a.share[i * a.width + k] = static_cast<float>(key_y(s.keys[k]) - total);
   }
 }
 
@@ -263,8 +320,22 @@ void sample(const SampleArgs& args) {
   run_rows(args.rows, args.vocab, [&](int64_t row) { sample_row(args, row, lanes); });
 }
 
+void rank(const RankArgs& args) {
+  const SamplerTable& lanes = *chosen_table()->sampler;
+  run_rows(args.rows, args.vocab, [&](int64_t row) { rank_row(args, row, lanes); });
+}
+
 void bind_sampler(nanobind::module_& m) {
   using Address = uintptr_t;
+  m.def(
+      "rank",
+      [](Address logits, Address params, Address position, Address token, Address share,
+         int64_t rows, int64_t vocab, int64_t width) {
+        rank({at<const float>(logits), at<const SamplerRow* const>(params),
+              at<const int64_t>(position), at<int32_t>(token), at<float>(share), rows, vocab,
+              width});
+      },
+      nanobind::call_guard<nanobind::gil_scoped_release>());
   m.def(
       "sample",
       [](Address logits, Address params, Address position, Address mask, Address mask_words,

@@ -85,6 +85,16 @@ struct SampleArgs {
   int64_t rows, vocab, top_columns;
 };
 
+struct RankArgs {
+  const float* logits;             // [rows, vocab]
+  const SamplerRow* const* params; // [rows]
+  const int64_t* position;         // [rows]
+  int32_t* token;                  // [rows, width], -1 where there is none
+  float* share;                    // [rows, width]
+  int64_t rows, vocab, width;
+};
+
 void sample(const SampleArgs& args);
+void rank(const RankArgs& args);
 
 }  // namespace coppice
