@@ -31,3 +31,11 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"the shared data is not at {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def fake_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is a model to the front end: a tokenizer and a chat template."""
+    from tests.kits.fake_model import write_fake_model
+
+    return write_fake_model(tmp_path_factory.mktemp("model"))

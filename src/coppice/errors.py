@@ -131,6 +131,12 @@ class RowFaultError(EngineError):
     code = "row_fault"
 
 
+class PoisonedError(EngineError):
+    """The engine process died each time it worked on this request; it is not tried again."""
+
+    code = "poisoned"
+
+
 class ConfigError(CoppiceError):
     """A setting, file or flag is wrong; nothing was started."""
 

@@ -2,8 +2,9 @@
 
 It answers every request with its own prompt, again and again, up to ``max_tokens``; after the
 first time round it says EOS unless ``ignore_eos``. Each extra choice starts one token later.
-Seeds do things: 666 fails the request, 667 kills the process, 668 never answers. Of three
-tokens it claims to have guessed ahead two, and one rightly, unless told not to.
+Seeds do things: 666 fails the request, 667 kills the process, 669 does so at the tenth token,
+668 never answers. Of three tokens it claims to have guessed ahead two, and one rightly, unless
+told not to.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from coppice.engine.messages import (
     Fatal,
     ModelFacts,
     Output,
+    Progress,
     Ready,
     Shutdown,
     StepStats,
@@ -33,7 +35,7 @@ from coppice.engine.messages import (
 )
 from coppice.engine.request import Request
 
-FAIL, DIE, HANG = 666, 667, 668
+FAIL, DIE, HANG, DIE_AT_TEN = 666, 667, 668, 669
 PAGE_SIZE, NUM_PAGES = 16, 1024
 
 
@@ -68,6 +70,7 @@ class FakeEngine:
         self.live: list[Sequence] = []
         self.generated = self.steps = self.prompt_tokens = self.drafted = self.accepted = 0
         self.buffer = b""
+        self.fingerprint = f"fp_{os.getpid()}" if options.get("new_weights") else "fp_fake"
 
     def run(self) -> None:
         self.send(Ready(self.facts()))
@@ -92,21 +95,24 @@ class FakeEngine:
                     break
                 body, self.buffer = self.buffer[4 : 4 + size], self.buffer[4 + size :]
                 match decode_to_engine(body):
-                    case Submit(request):
-                        self.submit(request)
+                    case Submit(request, progress):
+                        self.submit(request, progress)
                     case Cancel(request_id, reason, index):
                         self.cancel(request_id, reason, index)
                     case Shutdown():
                         return False
         return True
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, progress: list[Progress]) -> None:
         assert request.sampling.seed is not None
         assert request.sampling.max_tokens is not None
         if request.sampling.seed == DIE:
             os._exit(9)
         self.prompt_tokens += len(request.prompt)
-        self.live += [Sequence(request, index) for index in range(request.sampling.n)]
+        self.live += [
+            Sequence(request, index=p.index, tokens=len(p.tokens))
+            for p in progress or map(Progress, range(request.sampling.n))
+        ]
 
     def cancel(self, request_id: str, reason: str, index: int | None) -> None:
         for sequence in list(self.live):
@@ -143,6 +149,8 @@ class FakeEngine:
         if params.seed == FAIL and sequence.tokens >= 2:
             self.end(sequence, "failed", error=("row_fault", "A row of this request failed."))
             return
+        if params.seed == DIE_AT_TEN and sequence.tokens >= 10:
+            os._exit(9)
         age = time.monotonic() - sequence.arrived
         if request.deadline_s is not None and age > request.deadline_s:
             self.end(sequence, "expired")
@@ -178,7 +186,7 @@ class FakeEngine:
         return ModelFacts(
             name="fake", architecture="fake", context_length=self.context,
             vocab_size=self.vocab_size, num_params=0, weight_bytes=0, weight_format="none",
-            fingerprint="fp_fake", page_size=PAGE_SIZE, num_pages=NUM_PAGES, kernels="none",
+            fingerprint=self.fingerprint, page_size=PAGE_SIZE, num_pages=NUM_PAGES, kernels="none",
             num_threads=1,
         )  # fmt: skip
 
@@ -206,6 +214,7 @@ def main() -> None:
     if "fatal" in options:
         connection.sendall(encode(Fatal("checkpoint_error", str(options["fatal"]))))
         raise SystemExit(2)
+    time.sleep(float(options.get("load_s", 0.0)))
     FakeEngine(connection, options).run()
 
 

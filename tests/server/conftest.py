@@ -7,13 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kits.fake_model import write_fake_model
 from tests.kits.server import ServerProcess
-
-
-@pytest.fixture(scope="session")
-def fake_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_fake_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,13 @@ def report(sequence: Sequence) -> Output:
     with_logprobs = request.sampling.logprobs is not None
     sequence.sent = len(sequence.tokens)
     if not (first or ended or with_logprobs):
-        return Output(request_id=request.id, index=sequence.index, tokens=new)
+        return Output(
+            request_id=request.id,
+            index=sequence.index,
+            tokens=new,
+            drafted=sequence.drafted,
+            accepted=sequence.accepted,
+        )
     logprobs = sequence.logprobs[-len(new) :] if new and sequence.logprobs else []
     return Output(
         request_id=request.id,

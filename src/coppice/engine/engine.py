@@ -31,6 +31,7 @@ from coppice.engine.messages import (
     FinishReason,
     ModelFacts,
     Output,
+    Progress,
     StepStats,
     TokenLogprob,
 )
@@ -103,7 +104,7 @@ class Engine:
         self._runner = StepRunner(model.decoder, pool, self.pages, self._batch)
         self._grammars: GrammarCompiler | None = None
         self._requests: dict[str, list[Sequence]] = {}
-        self._held_back: dict[str, int] = {}
+        self._held_back: dict[str, list[Progress]] = {}
         self._running: list[Sequence] = []
         self._deadlines: list[tuple[float, str]] = []
         self._arrivals = 0
@@ -134,8 +135,13 @@ class Engine:
         """Whether `step` would do anything."""
         return bool(self._running or self._waiting)
 
-    def submit(self, request: Request) -> None:
-        """Accept a request.
+    def submit(self, request: Request, progress: Iterable[Progress] = ()) -> None:
+        """Accept a request, or take over one that another engine process left unfinished.
+
+        Args:
+            request: ``deadline_s`` counts from now.
+            progress: the choices still open, each to go on behind its tokens as if it had
+                always run here; all choices from the start when empty.
 
         Raises:
             ContextOverflowError: the prompt leaves no room for an answer.
@@ -143,10 +149,11 @@ class Engine:
             RequestError: an id is in use, or a token id is out of the vocabulary.
         """
         self._check(request)
-        sequence = self._new_sequence(request, 0)
+        first, *later = progress or map(Progress, range(request.sampling.n))
+        sequence = self._new_sequence(request, first)
         self._requests[request.id] = [sequence]
-        if request.sampling.n > 1:
-            self._held_back[request.id] = 1
+        if later:
+            self._held_back[request.id] = later
         if request.deadline_s is not None:
             heapq.heappush(self._deadlines, (self.clock() + request.deadline_s, request.id))
         self._enqueue(sequence)
@@ -282,21 +289,21 @@ class Engine:
                 param="speculate",
             )
 
-    def _new_sequence(self, request: Request, index: int) -> Sequence:
+    def _new_sequence(self, request: Request, progress: Progress) -> Sequence:
         params = request.sampling
         wanted = self.context_length if params.max_tokens is None else params.max_tokens
         eos_ids = frozenset() if params.ignore_eos else self.model.eos_ids
         self._arrivals += 1
         sequence = Sequence(
             request=request,
-            index=index,
+            index=progress.index,
             arrival=self._arrivals,
             tokens=list(request.prompt),
             sampler=SamplerState(
                 params,
                 request.prompt,
                 self.model.tokenizer.vocab_size,
-                choice_index=index,
+                choice_index=progress.index,
                 eos_ids=sorted(self.model.eos_ids),
             ),
             grammar=None if params.grammar is None else self._start_grammar(params.grammar),
@@ -304,6 +311,7 @@ class Engine:
             end=min(self.context_length, len(request.prompt) + wanted),
             submitted_s=self.clock(),
         )
+        sequence.resume(progress)
         sequence.rank = self.policy.order.key(sequence)
         return sequence
 
@@ -320,11 +328,12 @@ class Engine:
 
     def _release_held_back(self, request_id: str, *, enqueue: bool) -> list[Sequence]:
         """Create the choices that waited for the first one's prompt to be cached."""
-        if self._held_back.pop(request_id, None) is None:
+        held_back = self._held_back.pop(request_id, None)
+        if held_back is None:
             return []
         sequences = self._requests[request_id]
         request = sequences[0].request
-        new = [self._new_sequence(request, i) for i in range(1, request.sampling.n)]
+        new = [self._new_sequence(request, progress) for progress in held_back]
         sequences.extend(new)
         if enqueue:
             for sequence in new:

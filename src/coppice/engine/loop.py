@@ -71,16 +71,19 @@ class EngineLoop:
                 return
             wait = False
             match message:
-                case Submit(request):
+                case Submit(request, progress):
                     try:
-                        self._engine.submit(request)
+                        self._engine.submit(request, progress)
                     except CoppiceError as error:
-                        messages.append(
+                        choices = [p.index for p in progress] or range(request.sampling.n)
+                        messages.extend(
                             Output(
                                 request_id=request.id,
+                                index=index,
                                 finish_reason="failed",
                                 error=(error.code, error.message),
                             )
+                            for index in choices
                         )
                 case Cancel(request_id, reason, index):
                     messages.extend(self._engine.cancel(request_id, reason, index))

@@ -17,10 +17,29 @@ FinishReason = Literal["stop", "length", "cancelled", "expired", "failed"]
 CancelReason = Literal["cancelled", "expired", "stop"]
 
 
+class Progress(msgspec.Struct, frozen=True, array_like=True):
+    """What one choice was given before the engine process began anew.
+
+    Attributes:
+        index: which of the request's ``n`` choices.
+        tokens: those accepted so far, none of which ended it.
+        drafted: tokens guessed ahead for it so far, and ``accepted`` of them.
+    """
+
+    index: int
+    tokens: list[int] = []
+    drafted: int = 0
+    accepted: int = 0
+
+
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Start this request."""
+    """Start this request, or go on with it where another engine process left it.
+
+    ``progress`` has the choices that are still open, in order; empty: all, from the start.
+    """
 
     request: Request
+    progress: list[Progress] = []
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from coppice.cache import Node
-from coppice.engine.messages import FinishReason, TokenLogprob
+from coppice.engine.messages import FinishReason, Progress, TokenLogprob
 from coppice.engine.request import Request
 from coppice.engine.sampler import SamplerState
 from coppice.kernels.sampling import RowParams
@@ -66,6 +66,22 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.sent = len(self.request.prompt)
+
+    def resume(self, progress: Progress) -> None:
+        """Stand where an earlier engine process stood after these tokens.
+
+        Noise depends on positions only, so nothing else is needed to go on alike.
+
+        Raises:
+            GrammarError: a token is not allowed where it stands; a bug, or another grammar.
+        """
+        for token in progress.tokens:
+            self.sampler.accept(token)
+            if self.grammar is not None:
+                self.grammar.accept(token)
+        self.tokens += progress.tokens
+        self.sent = len(self.tokens)
+        self.drafted, self.accepted = progress.drafted, progress.accepted
 
     @property
     def num_tokens(self) -> int:

@@ -61,7 +61,7 @@ def run(
 
     async def serve() -> int:
         keys = KeyRing.from_config(server_config)
-        engine = AsyncEngine(command)
+        engine = AsyncEngine(command, hang_s=server_config.engine_hang_s)
         engine.begin()
         # The HTTP libraries take the better part of a second to import; the engine loads
         # its own meanwhile.

@@ -62,6 +62,10 @@ class ServerConfig(RoomConfig):
         15.0, "Silence after which a stream gets a comment, so that proxies keep it open.",
         minimum=PING_MIN_S, maximum=PING_MAX_S,
     )  # fmt: skip
+    engine_hang_s: float = setting(
+        60.0, "Silence after which the engine process is ended and started again; 0 is never.",
+        minimum=0.0,
+    )  # fmt: skip
     drain_announce_s: float = setting(
         5.0, "After SIGTERM: time of further acceptance while balancers notice.", minimum=0.0
     )

@@ -1,4 +1,4 @@
-"""The front end's view of the engine: submit, listen, cancel; notice its death."""
+"""The front end's view of the engine: submit, listen, cancel; start it again when it dies."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 from coppice.engine.messages import (
-    Cancel,
     CancelReason,
     FromEngine,
     ModelFacts,
@@ -19,18 +17,19 @@ from coppice.engine.messages import (
     Park,
     Ready,
     StepStats,
-    Submit,
+    ToEngine,
 )
 from coppice.engine.request import Request
 from coppice.errors import (
     CapacityError,
     CheckpointError,
     ConfigError,
-    CoppiceError,
     EngineDeadError,
     UnsupportedModelError,
 )
+from coppice.server.deaths import Backoff, Death, by_status, memory_kills
 from coppice.server.engine_process import EngineProcess
+from coppice.server.replay import LiveRequest, Replay
 
 log = logging.getLogger("coppice.server.engine")
 
@@ -40,28 +39,9 @@ _OPERATORS_FAULT = frozenset(
 )
 MAX_UNREAD = 1024
 """Outputs a reader may lag behind before its request is parked in the engine."""
-BACKOFF_FIRST_S, BACKOFF_LAST_S, HEALTHY_S = 0.5, 30.0, 60.0
-
-
-@dataclass(slots=True)
-class LiveRequest:
-    """A request the engine works on, with all it has accepted so far.
-
-    The accepted tokens are what a restarted engine would be given to continue from.
-    """
-
-    request: Request
-    queue: asyncio.Queue[Output]
-    accepted: list[list[int]]
-    open: set[int]
-    submitted_s: float = field(default_factory=time.monotonic)
-    started: bool = False
-    parked: bool = False
-
-    @property
-    def waiting_tokens(self) -> int:
-        """Prompt tokens still to be read: all until the first output, then none."""
-        return 0 if self.started else len(self.request.prompt)
+GIVE_UP_AFTER = 5
+"""Starts in vain after which live requests are failed; new starts go on."""
+TICK_S = 1.0
 
 
 class AsyncEngine:
@@ -69,31 +49,52 @@ class AsyncEngine:
 
     Args:
         command: the engine's command line without ``--socket``.
+        hang_s: silence after which a loaded engine is ended and started again; 0 is never.
         on_output: called with each output, before it is queued (metrics).
 
     Invariant: every submitted request gets, for each of its choices, exactly one output
-    with a ``finish_reason``, whatever happens to the process.
+    with a ``finish_reason``, and each of its tokens once, however often the process dies.
     """
 
     def __init__(
-        self, command: Sequence[str], *, on_output: Callable[[Output], None] | None = None
+        self,
+        command: Sequence[str],
+        *,
+        hang_s: float = 60.0,
+        on_output: Callable[[Output], None] | None = None,
     ) -> None:
         self._command = list(command)
+        self._hang_s = hang_s
         self._on_output = on_output
         self._process: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._first_ready: asyncio.Future[ModelFacts] | None = None
-        self.live: dict[str, LiveRequest] = {}
+        self._replay = Replay(self._tell, self._route, self._all_back)
+        self.live = self._replay.live
         self.state: State = "loading"
         self.facts: ModelFacts | None = None
         self.stats: StepStats | None = None
         self.restarts = 0
-        self.last_message_s = time.monotonic()
+        self.silence = Silence()
+        self._loaded = self._worked = False
+        self._began_s = time.monotonic()
+        self.start_took_s = 1.0
+        """Seconds from the last start of the process to a loaded model."""
 
     @property
     def pid(self) -> int | None:
         """Process id of the engine, if one runs."""
         return self._process.pid if self._process else None
+
+    @property
+    def replayed(self) -> int:
+        """Times a live request was given to a new engine process."""
+        return self._replay.replayed
+
+    @property
+    def back_in_s(self) -> float:
+        """Estimated seconds until an engine that is restarting takes new work again."""
+        return max(1.0, self.start_took_s - (time.monotonic() - self._began_s))
 
     def begin(self) -> None:
         """Start the engine; `ready` tells when its model is loaded."""
@@ -109,32 +110,40 @@ class AsyncEngine:
         assert self._first_ready is not None
         return await asyncio.shield(self._first_ready)
 
-    def submit(self, request: Request, queue: asyncio.Queue[Output]) -> None:
-        """Hand over a request; its outputs arrive on ``queue``.
+    def require(self, request: Request) -> None:
+        """Say whether `submit` would take a request.
 
         Raises:
-            CapacityError: the engine is not ready.
+            CapacityError: the engine has not begun, or is gone for good.
+            PoisonedError: the engine died of the same request before.
         """
-        if self.state != "ready" or self._process is None:
+        if self.state not in ("ready", "restarting"):
             raise CapacityError(
                 f"The engine is {self.state}; try again soon.", retry_after_s=2.0,
                 code=f"engine_{self.state}",
             )  # fmt: skip
-        n = request.sampling.n
-        self.live[request.id] = LiveRequest(
-            request, queue, accepted=[[] for _ in range(n)], open=set(range(n))
-        )
-        self._process.send(Submit(request))
+        self._replay.require_harmless(request)
+
+    def submit(self, request: Request, queue: asyncio.Queue[Output]) -> None:
+        """Hand over a request; its outputs arrive on ``queue``.
+
+        While the engine is being started again the request waits for it.
+
+        Raises:
+            CoppiceError: as `require` does.
+        """
+        self.require(request)
+        live = self.live[request.id] = LiveRequest(request, queue)
+        if self.state == "ready":
+            self._replay.give(live)
 
     def cancel(
         self, request_id: str, reason: CancelReason = "cancelled", index: int | None = None
     ) -> None:
         """End a request, or one choice of it; harmless when it has ended already."""
         live = self.live.get(request_id)
-        if live is None or (index is not None and index not in live.open):
-            return
-        if self._process is not None:
-            self._process.send(Cancel(request_id, reason, index))
+        if live is not None and (index is None or index in live.open):
+            self._replay.cancel(live, reason, index)
 
     def caught_up(self, request_id: str) -> None:
         """The queue was read to its end: a request parked for its slow reader goes on."""
@@ -146,7 +155,7 @@ class AsyncEngine:
         """Cancel what is still open and route no more of its outputs."""
         if request_id in self.live:
             self.cancel(request_id)
-            del self.live[request_id]
+            self.live.pop(request_id, None)
 
     async def close(self, grace_s: float = 5.0) -> None:
         """Stop supervising and end the engine process."""
@@ -161,9 +170,7 @@ class AsyncEngine:
 
     def fail_all(self, message: str) -> None:
         """End every live request with ``shutting_down``."""
-        for request_id in list(self.live):
-            self.cancel(request_id)
-        self._fail_live(message, "shutting_down")
+        self._replay.fail(message, "shutting_down")
 
     def kill(self) -> None:
         """End the engine process at once (second SIGTERM)."""
@@ -172,87 +179,147 @@ class AsyncEngine:
             self._process.kill()
 
     async def _supervise(self) -> None:
-        backoff_s = BACKOFF_FIRST_S
+        backoff = Backoff()
         while True:
-            started = time.monotonic()
-            problem = await self._run_once()
+            self._began_s = time.monotonic()
+            death = await self._run_once()
             self._process = self.stats = None
-            stopped = self.state == "stopped"
-            self._fail_live(problem.message, problem.code)
             if self._first_ready is not None and not self._first_ready.done():
                 self.state = "failed"
-                self._first_ready.set_exception(problem)
+                self._replay.fail(death.error.message, EngineDeadError.code)
+                self._first_ready.set_exception(death.error)
                 return
-            if stopped:
+            if self.state == "stopped":
+                self._replay.fail("The server stopped.", "shutting_down")
                 return
             self.state = "restarting"
-            if time.monotonic() - started > HEALTHY_S:
-                backoff_s = BACKOFF_FIRST_S
-            log.error("%s Starting it again in %.1f s.", problem.message, backoff_s)
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, BACKOFF_LAST_S)
+            lost = self._replay.engine_died(death)
+            wait_s = backoff.after(death)
+            log.error("%s %d requests were in it. Starting it again in %.1f s.",
+                      death.error.message, len(lost), wait_s)  # fmt: skip
+            if death.lasting or backoff.in_vain >= GIVE_UP_AFTER:
+                self._replay.fail(death.error.message, EngineDeadError.code)
+            await asyncio.sleep(wait_s)
             self.restarts += 1
 
-    async def _run_once(self) -> CoppiceError:
-        """One life of the engine process; returns why it ended."""
+    async def _run_once(self) -> Death:
+        """One life of the engine process; returns how it ended."""
+        kills_before, self._loaded, self._worked = memory_kills(), False, False
         try:
             self._process = await EngineProcess.spawn(self._command)
         except (EngineDeadError, OSError) as error:
-            return EngineDeadError(f"The engine did not start: {error}.")
+            return Death(EngineDeadError(f"The engine did not start: {error}."))
         process = self._process
+        self.silence = Silence()
+        watch = asyncio.create_task(self._watch(process, self.silence), name="engine-watch")
         try:
             async for message in process.messages():
-                self.last_message_s = time.monotonic()
+                self.silence.broken()
                 self._take(message)
+        except Exception:  # a bug on either side, or a damaged message: replay helps with both
+            log.exception("A message of the engine could not be taken; ending it.")
+        try:
             status = await process.close(grace_s=1.0)
         finally:
+            watch.cancel()
             process.kill()
-        if process.fatal is not None and process.fatal.code in _OPERATORS_FAULT:
-            return ConfigError(process.fatal.message, code=process.fatal.code)
         if process.fatal is not None:
-            return EngineDeadError(process.fatal.message, code=process.fatal.code)
-        return EngineDeadError(f"The engine process died (status {status}).")
+            if process.fatal.code in _OPERATORS_FAULT:
+                refused = ConfigError(process.fatal.message, code=process.fatal.code)
+                return Death(refused, lasting=True)
+            return Death(EngineDeadError(process.fatal.message, code=process.fatal.code))
+        return by_status(
+            status,
+            hung=self.silence.hung,
+            out_of_memory=memory_kills() > kills_before,
+            worked=self._worked,
+        )
+
+    async def _watch(self, process: EngineProcess, silence: Silence) -> None:
+        """End an engine that has stood still for too long."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            silence.tick()
+            if self._loaded and 0 < self._hang_s <= silence.ticks * TICK_S:
+                silence.hung = True
+                log.error("The engine has said nothing for %.0f s; ending it.", self._hang_s)
+                process.kill()
+                return
 
     def _take(self, message: FromEngine) -> None:
         if isinstance(message, Output):
+            self._worked = True
             self._route(message)
         elif isinstance(message, StepStats):
             self.stats = message
         elif isinstance(message, Ready):
-            self.facts = message.facts
-            if self.state != "stopped":
-                self.state = "ready"
-            if self._first_ready is not None and not self._first_ready.done():
-                self._first_ready.set_result(message.facts)
+            self._take_ready(message.facts)
+
+    def _take_ready(self, facts: ModelFacts) -> None:
+        self._loaded = True
+        self.start_took_s = time.monotonic() - self._began_s
+        if self.facts is not None and self.facts.fingerprint != facts.fingerprint:
+            # What was begun with other weights cannot be gone on with.
+            self._replay.fail("The engine came back with another model.", EngineDeadError.code)
+        self.facts = facts
+        if self.state != "stopped":
+            self._replay.engine_ready()
+        if self._first_ready is not None and not self._first_ready.done():
+            self._first_ready.set_result(facts)
+
+    def _all_back(self) -> None:
+        self.state = "ready"
+
+    def _tell(self, message: ToEngine) -> None:
+        if self._process is not None:
+            self._process.send(message)
 
     def _route(self, output: Output) -> None:
         live = self.live.get(output.request_id)
-        if live is None or output.index not in live.open:
+        if live is None or not live.take(output):
             return
-        live.started = True
-        live.accepted[output.index].extend(output.tokens)
         if self._on_output is not None:
             self._on_output(output)
-        if output.finish_reason is not None:
-            live.open.discard(output.index)
-            if not live.open:
-                del self.live[output.request_id]
+        if not live.open:
+            del self.live[output.request_id]
         live.queue.put_nowait(output)
         if live.queue.qsize() >= MAX_UNREAD and not live.parked:
             self._park(live, True)
+        if self.state == "restarting":
+            self._replay.moved(live)
 
     def _park(self, live: LiveRequest, on: bool) -> None:
         live.parked = on
-        if self._process is not None:
-            self._process.send(Park(live.request.id, on))
+        if self.state == "ready":
+            self._tell(Park(live.request.id, on))
 
-    def _fail_live(self, message: str, code: str) -> None:
-        code = code if code == "shutting_down" else "engine_dead"
-        for request_id, live in list(self.live.items()):
-            for index in sorted(live.open):
-                self._route(
-                    Output(
-                        request_id=request_id, index=index,
-                        finish_reason="failed", error=(code, message),
-                    )
-                )  # fmt: skip
+
+class Silence:
+    """How long the engine has said nothing, in ticks of our own event loop.
+
+    Counted, not measured: where this process itself stood still, or the machine slept, the
+    engine is not to blame.
+    """
+
+    NOTICED = 5
+    """Ticks after which a silence is worth telling; a step takes a quarter of one."""
+
+    def __init__(self) -> None:
+        self.ticks = 0
+        self.longest = 1.0
+        self.hung = False
+
+    def broken(self) -> None:
+        """A message came."""
+        if self.ticks:
+            self.longest = max(float(self.ticks), 0.9 * self.longest)
+            self.ticks = 0
+
+    def tick(self) -> None:
+        """A tick went by."""
+        self.ticks += 1
+
+    @property
+    def strange(self) -> bool:
+        """Whether the engine is silent for longer than it usually is."""
+        return self.ticks > max(self.NOTICED, 4 * self.longest)

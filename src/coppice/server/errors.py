@@ -20,6 +20,7 @@ from coppice.errors import (
     ForbiddenError,
     LimitError,
     NotFoundError,
+    PoisonedError,
     RequestError,
 )
 
@@ -64,6 +65,8 @@ def error_reply(error: CoppiceError, request_id: str) -> Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, AuthenticationError):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, PoisonedError):
+        headers["X-Should-Retry"] = "false"  # OpenAI clients would send it twice more
     if isinstance(error, LimitError) or error.code in ("draining", "shutting_down"):
         # After a limit, part of the body may still be on its way.
         headers["Connection"] = "close"

@@ -11,7 +11,13 @@ from typing import Literal
 from coppice.engine.detokenize import TextAssembler, TokenText
 from coppice.engine.messages import CancelReason, Output, TokenLogprob
 from coppice.engine.request import Request
-from coppice.errors import CoppiceError, EngineDeadError, EngineError, RowFaultError
+from coppice.errors import (
+    CoppiceError,
+    EngineDeadError,
+    EngineError,
+    PoisonedError,
+    RowFaultError,
+)
 from coppice.server.engine_client import AsyncEngine
 
 Ending = Literal["finished", "cancelled", "expired"]
@@ -188,8 +194,11 @@ class Generation:
         """Hand all requests to the engine.
 
         Raises:
-            CapacityError: the engine is not ready; nothing was left behind.
+            CapacityError: the engine is gone for good; nothing was left behind.
+            PoisonedError: the engine died of the same request before.
         """
+        for request in self._requests:
+            self._engine.require(request)
         for request in self._requests:
             self._engine.submit(request, self._queue)
 
@@ -271,6 +280,7 @@ def _failure(output: Output) -> CoppiceError:
     code, message = output.error or ("engine_error", "The request failed inside the engine.")
     if code in ("engine_dead", "shutting_down"):
         return EngineDeadError(message, code=code)
-    if code == RowFaultError.code:
-        return RowFaultError(message)
+    for error in (RowFaultError, PoisonedError):
+        if code == error.code:
+            return error(message)
     return EngineError(message, code=code)

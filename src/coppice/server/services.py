@@ -20,7 +20,6 @@ from coppice.server.ledger import Ledger
 from coppice.server.metrics import Metrics
 from coppice.server.text import TextService
 
-STALLED_S = 30.0
 Phase = Literal["open", "announced", "closed"]
 
 
@@ -56,8 +55,7 @@ class Services:
             return "loading"
         if self.engine.state != "ready":
             return self.engine.state
-        silent_s = time.monotonic() - self.engine.last_message_s
-        return "stalled" if self.engine.live and silent_s > STALLED_S else "ok"
+        return "stalled" if self.engine.silence.strange else "ok"
 
     def require_open(self) -> tuple[TextService, ModelFacts]:
         """The text service and the model's facts, if new work may come in.
@@ -73,7 +71,8 @@ class Services:
         if self.text is None or self.engine.facts is None or self.engine.state != "ready":
             state = "loading" if self.engine.state == "ready" else self.engine.state
             raise CapacityError(
-                f"The model is not there yet ({state}); try again soon.", retry_after_s=2.0,
+                f"The model is not there yet ({state}); try again soon.",
+                retry_after_s=self.engine.back_in_s,
                 code=f"engine_{state}",
             )  # fmt: skip
         return self.text, self.engine.facts

@@ -27,7 +27,7 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """``status`` is ``ok``, ``loading``, ``restarting``, ``draining`` or ``failed``."""
+    """``status``: ``ok``, ``loading``, ``restarting``, ``stalled``, ``draining``, ``failed``."""
 
     status: str
 
@@ -43,6 +43,9 @@ class Info(BaseModel):
     outcomes: dict[str, int]
     engine: dict[str, Any] | None
     engine_restarts: int
+    engine_pid: int | None
+    engine_start_s: float
+    requests_replayed: int
     timeline: dict[str, Any]
 
 

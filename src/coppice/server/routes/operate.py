@@ -45,6 +45,9 @@ async def info(request: Request) -> Response:
             "promised": msgspec.to_builtins(admission.promised),
             "engine": msgspec.to_builtins(engine.stats) if engine.stats else None,
             "engine_restarts": engine.restarts,
+            "engine_pid": engine.pid,
+            "engine_start_s": engine.start_took_s,
+            "requests_replayed": engine.replayed,
             "timeline": services.calls.timeline.view(_tenant(request)),
         }
     )

@@ -1,0 +1,77 @@
+"""The engine is killed at random moments under a mixed load; nobody's tokens change."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.kits.load import BODIES, Crowd, ask
+from tests.kits.server import ServerProcess
+
+ENGINE: dict[str, Any] = {"kv_cache_mib": 64, "speculate": "auto", "prefix_cache": True}
+
+
+def kill_engine(server: ServerProcess) -> set[int]:
+    """SIGKILL, whether it has loaded its model already or not; whom it hit."""
+    children = psutil.Process(server.process.pid).children()
+    for child in children:
+        child.kill()
+    return {child.pid for child in children}
+
+
+def wait_ready(server: ServerProcess, timeout_s: float = 60.0) -> float:
+    began = time.monotonic()
+    with server.http() as http:
+        while http.get("/health/ready").status_code != 200:
+            assert time.monotonic() - began < timeout_s, "".join(server.log)
+            time.sleep(0.02)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        20,
+        pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+)
+@pytest.mark.timeout(240)
+def test_killed_at_random_moments_every_request_gets_its_tokens(kills: int) -> None:
+    seed = int(os.environ.get("TEST_SEED", "1"))
+    rng = random.Random(seed)
+    with ServerProcess("bundled", engine=ENGINE, start_timeout_s=90) as server:
+        with server.http() as http:
+            expected = [ask(http, body, stream=False) for body in BODIES]
+        waits: list[float] = []
+        with Crowd(server.http, expected, size=6, seed=seed) as crowd:
+            killed: set[int] = set()
+            while len(killed) < kills:
+                if rng.random() < 0.5:  # perhaps while it starts
+                    time.sleep(rng.uniform(0.0, 1.0))
+                    killed |= kill_engine(server)
+                    continue
+                wait_ready(server)
+                time.sleep(rng.uniform(0.0, 0.4))
+                killed |= kill_engine(server)
+                began = time.monotonic()
+                time.sleep(0.1)
+                wait_ready(server)
+                waits.append(time.monotonic() - began - server.info()["engine_start_s"])
+            wait_ready(server)
+            time.sleep(0.5)
+        assert not crowd.wrong, f"TEST_SEED={seed}: {len(crowd.wrong)} wrong, {crowd.wrong[0]}"
+        info = server.wait_idle()
+    assert crowd.done > kills
+    assert info["engine_restarts"] == kills and info["requests_replayed"] > kills
+    assert info["outcomes"]["failed"] == info["outcomes"]["cancelled"] == 0
+    assert info["engine"]["pages_used"] == 0
+    assert max(waits) <= 3.0, f"TEST_SEED={seed}: back after {max(waits):.1f} s + load time"
+    print(
+        f"{kills} kills: {crowd.done} answers alike, {info['requests_replayed']} replays, "
+        f"{crowd.refused} refused meanwhile; back in {max(waits):.2f} s + load time at most"
+    )
