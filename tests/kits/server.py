@@ -128,9 +128,8 @@ class ServerProcess:
         """A plain client with the server's key."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         headers |= headers_more or {}
-        return httpx.Client(
-            base_url=self.url, headers=headers, timeout=30.0, verify=_NO_TLS, **kwargs
-        )
+        defaults: dict[str, Any] = {"timeout": 30.0, "verify": _NO_TLS}
+        return httpx.Client(base_url=self.url, headers=headers, **(defaults | kwargs))
 
     def info(self) -> dict[str, Any]:
         """``/v1/coppice/info``."""
