@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from coppice.engine.engine import Engine
+from coppice.engine.faults import describe
 from coppice.engine.messages import (
     Cancel,
     FromEngine,
@@ -19,7 +20,7 @@ from coppice.engine.messages import (
     Submit,
     ToEngine,
 )
-from coppice.errors import CoppiceError
+from coppice.errors import CoppiceError, RowFaultError
 
 IDLE_STATS_S = 1.0
 """How often an idle engine says that it lives."""
@@ -74,14 +75,15 @@ class EngineLoop:
                 case Submit(request, progress):
                     try:
                         self._engine.submit(request, progress)
-                    except CoppiceError as error:
+                    except Exception as error:
+                        refusal = _refusal(error)
                         choices = [p.index for p in progress] or range(request.sampling.n)
                         messages.extend(
                             Output(
                                 request_id=request.id,
                                 index=index,
                                 finish_reason="failed",
-                                error=(error.code, error.message),
+                                error=refusal,
                             )
                             for index in choices
                         )
@@ -101,6 +103,12 @@ class EngineLoop:
         if ended or now - self._last_stats >= every:
             self._last_stats = now
             messages.append(self._engine.stats())
+
+
+def _refusal(error: Exception) -> tuple[str, str]:
+    if isinstance(error, CoppiceError):
+        return error.code, error.message
+    return RowFaultError.code, describe(error, "The engine")
 
 
 class _Watchdog(threading.Thread):

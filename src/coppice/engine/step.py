@@ -20,12 +20,12 @@ from torch import Tensor
 from coppice.cache.pool import KVPool
 from coppice.engine.batch import BatchLayout
 from coppice.engine.decide import decide
+from coppice.engine.faults import describe
 from coppice.engine.loading import Decoder
 from coppice.engine.messages import TokenLogprob
 from coppice.engine.pages import SequencePages
 from coppice.engine.sampler import FAULTS, sample
 from coppice.engine.sequence import Sequence
-from coppice.errors import CoppiceError
 from coppice.kernels.rows import Rows
 from coppice.kernels.sampling import Mask, Workspace
 from coppice.scheduling import Grant
@@ -138,9 +138,12 @@ class StepRunner:
             return result
         began = time.perf_counter()
         rows = layout.rows()
-        found: list[int] | Tensor | None = self._greedy(rows, result.walks)
-        if found is None:
-            found = self._model.forward(rows, self._pool)
+        try:
+            found: list[int] | Tensor | None = self._greedy(rows, result.walks)
+            if found is None:
+                found = self._model.forward(rows, self._pool)
+        except BaseException as error:
+            return self._run_alone([sequence for sequence, _ in ran], error, accept, grants)
         result.model_s = time.perf_counter() - began
         for sequence, end in ran:
             sequence.num_computed = end
@@ -154,6 +157,27 @@ class StepRunner:
             if walk.path and walk.sequence.slot >= 0:
                 self._keep(walk)
         return result
+
+    def _run_alone(
+        self,
+        sequences: list[Sequence],
+        error: BaseException,
+        accept: Accept,
+        grants: Iterable[Grant],
+    ) -> StepResult:
+        """After a fault of the model: each sequence by itself, so that only the guilty fail."""
+        why = describe(error, "The model")
+        if len(sequences) == 1:
+            accept(sequences[0], -1, None, why)
+            return StepResult()
+        merged = StepResult()
+        for grant in grants:
+            part = self.run([grant], {}, accept)
+            merged.num_rows += part.num_rows
+            merged.num_chosen += part.num_chosen
+            merged.walks += part.walks
+            merged.model_s += part.model_s
+        return merged
 
     def _greedy(self, rows: Rows, walks: list[Walk]) -> list[int] | None:
         """Run the model for nothing but the likeliest tokens, if nobody wants more."""
@@ -228,13 +252,13 @@ class StepRunner:
             if draws is not None and i not in faults:
                 masks = masks or [None] * len(walks)
                 masks[i] = decide(walk.sequence, draws, logits[i], masks[i])
-        drawn = sample(
-            logits,
-            [s.sampler for s in sequences],
-            [len(s.tokens) for s in sequences],
-            masks,
-            workspace=self._workspace,
-        )
+        states, positions = [s.sampler for s in sequences], [len(s.tokens) for s in sequences]
+        try:
+            drawn = sample(logits, states, positions, masks, workspace=self._workspace)
+        except BaseException as error:
+            if len(walks) > 1:
+                return self._choose_alone(logits, walks)
+            return [-1], None, faults | {0: describe(error, "The sampler")}
         tokens = drawn.tokens.tolist()
         for i, code in enumerate(drawn.faults.tolist()):
             if code:
@@ -244,9 +268,24 @@ class StepRunner:
             if grammar is not None and i not in faults:
                 try:
                     grammar.accept(tokens[i])
-                except CoppiceError as error:
-                    faults[i] = error.message
+                except BaseException as error:
+                    faults[i] = describe(error, "The grammar")
         return tokens, drawn.logprobs, faults
+
+    def _choose_alone(
+        self, logits: Tensor, walks: list[Walk]
+    ) -> tuple[list[int], list[TokenLogprob | None] | None, dict[int, str]]:
+        """`_choose` row by row, after a fault of the sampler."""
+        tokens: list[int] = []
+        logprobs: list[TokenLogprob | None] = []
+        faults: dict[int, str] = {}
+        for i, walk in enumerate(walks):
+            chosen, scores, failed = self._choose(logits[i : i + 1], [walk])
+            tokens += chosen
+            logprobs += scores or [None]
+            if failed:
+                faults[i] = failed[0]
+        return tokens, logprobs, faults
 
 
 def _take(tokens: list[int], walks: list[Walk], accept: Accept) -> int:
@@ -267,6 +306,6 @@ def _mask(sequence: Sequence, row: int, faults: dict[int, str]) -> Mask | None:
         return None
     try:
         return sequence.grammar.mask()
-    except CoppiceError as error:
-        faults[row] = error.message
+    except BaseException as error:
+        faults[row] = describe(error, "The grammar")
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from coppice.errors import (
 )
 from coppice.server.engine_client import AsyncEngine
 
+log = logging.getLogger("coppice.server")
 Ending = Literal["finished", "cancelled", "expired"]
 GRACE_S = 5.0
 """How long after the deadline the front end itself ends a call the engine has not ended."""
@@ -249,7 +251,15 @@ class Generation:
             self.first_token_s = time.monotonic()
         if output.times is not None and self.queue_s is None:
             self.queue_s = max(0.0, output.times[1] - output.times[0])
-        delta = choice.take(output)
+        try:
+            delta = choice.take(output)
+        except CoppiceError:
+            raise
+        except Exception as error:
+            log.exception("%s: its tokens could not be made text", output.request_id)
+            raise RowFaultError(
+                "The answer could not be made text; the server's log says why."
+            ) from error
         if choice.assembler.stop_reason is not None and output.finish_reason is None:
             self._engine.cancel(output.request_id, "stop", output.index)
         known = batch.setdefault(choice.index, delta)

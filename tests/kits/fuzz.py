@@ -1,0 +1,144 @@
+"""Opens mutated files in a process of its own: ``python -m tests.kits.fuzz KIND COUNT SEED``.
+
+Each mutation must open or be refused as `CoppiceError`, within twice the file's size of
+Python memory (and a fixed allowance for objects of the parser itself). Exit status 0 says
+that all of them did; a crash or another exception ends the process otherwise, and the last
+line printed names the mutation.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from coppice.errors import CoppiceError
+from coppice.models.gguf import open_gguf
+from coppice.models.safetensors import SafetensorsFile
+from coppice.models.tokenizer import Tokenizer
+from tests.kits.fake_model import write_fake_model
+
+ALLOWANCE_BYTES = 512 << 10
+INTERESTING = (
+    b"\xff" * 8,
+    b"\0" * 8,
+    b"\xff\xff\xff\x7f",
+    b"1e999",
+    b"-1",
+    b"[[[[",
+    b'"',
+    b"\\ud800",
+)
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """One to four edits: bytes, interesting values, cuts, repetitions."""
+    made = bytearray(data)
+    head = min(len(made), 2048)  # headers are where decisions are made
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(head if rng.random() < 0.8 else len(made)) if made else 0
+        kind = rng.randrange(5)
+        if kind == 0:
+            made[at : at + 1] = bytes([rng.randrange(256)])
+        elif kind == 1:
+            value = rng.choice(INTERESTING)
+            made[at : at + len(value)] = value
+        elif kind == 2:
+            del made[at : at + rng.choice((1, 4, 8, 100))]
+        elif kind == 3:
+            made[at:at] = made[at : at + rng.choice((1, 8, 64))]
+        elif rng.random() < 0.2:
+            del made[at:]
+        head = max(1, min(len(made), 2048))
+        if not made:
+            break
+    return bytes(made)
+
+
+def safetensors_file(folder: Path) -> Path:
+    """Three small tensors."""
+    path = folder / "model.safetensors"
+    save_file({name: torch.ones(4, 8) for name in ("a", "b", "c")}, path)
+    return path
+
+
+def open_safetensors(path: Path) -> None:
+    """Read every tensor."""
+    file = SafetensorsFile(path)
+    try:
+        for name in list(file.entries):
+            file.read(name)
+    finally:
+        file.close()
+
+
+def gguf_file(folder: Path) -> Path:
+    """A few keys and two tensors."""
+    path = folder / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
+    writer.add_tensor("a", np.ones((4, 32), np.float32))
+    writer.add_tensor("b", np.ones((4, 32), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """Bytes and a template."""
+    return write_fake_model(folder) / "tokenizer.json"
+
+
+KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
+    "safetensors": (safetensors_file, open_safetensors),
+    "gguf": (gguf_file, open_gguf),
+    "tokenizer": (tokenizer_file, lambda path: Tokenizer.from_folder(path.parent)),
+}
+
+
+def main() -> int:
+    """Try them all."""
+    kind, count, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    make, open_ = KINDS[kind]
+    with tempfile.TemporaryDirectory() as name:
+        path = make(Path(name))
+        original = path.read_bytes()
+        open_(path)  # as it is, it opens; and what is loaded once is loaded now
+        opened = worst = 0
+        tracemalloc.start()
+        for number in range(count):
+            data = mutate(original, random.Random(seed * 1_000_003 + number))
+            path.write_bytes(data)
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            try:
+                open_(path)
+                opened += 1
+            except CoppiceError:
+                pass
+            except BaseException as error:
+                print(f"{kind} mutation {number} of seed {seed}: {error!r}", flush=True)
+                return 1
+            used = tracemalloc.get_traced_memory()[1] - before
+            worst = max(worst, used - 2 * len(data))
+            if worst > ALLOWANCE_BYTES:
+                print(f"{kind} mutation {number} of seed {seed}: {used} bytes for {len(data)}")
+                return 1
+    print(f"{kind}: {count} mutations, {opened} opened, the others refused")
+    return 0 if 0 < opened < count else 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
