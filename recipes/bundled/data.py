@@ -11,7 +11,7 @@ from recipes.bundled.chat import conversations, render, seed_conversations
 from recipes.bundled.corpus import read_documents
 
 Tokens = NDArray[np.uint16]
-SOURCES = ("novels", "plays", "python", "chat", "seeds")
+SOURCES = ("novels", "plays", "python", "chat", "seeds", "written")
 MIXTURE = {"novels": 0.40, "plays": 0.06, "python": 0.26, "chat": 0.26, "seeds": 0.02}
 """Share of the windows drawn from each source."""
 END_OF_TEXT_ID = 0
@@ -61,6 +61,7 @@ class WindowSampler:
     streams: dict[str, Tokens]
     seed: int
     cursor: dict[str, int] = field(default_factory=dict)
+    mixture: dict[str, float] = field(default_factory=lambda: MIXTURE)
 
     def batch(self, rows: int, length: int) -> NDArray[np.int64]:
         """Return ``[rows, length + 1]`` token ids; targets are inputs moved by one."""
@@ -68,9 +69,9 @@ class WindowSampler:
 
     def _source(self) -> str:
         """Name the source that lags most behind its share."""
-        drawn = {s: sum(n for k, n in self.cursor.items() if k.startswith(s)) for s in MIXTURE}
+        drawn = {s: sum(n for k, n in self.cursor.items() if k.startswith(s)) for s in self.mixture}
         total = sum(drawn.values()) + 1
-        return max(MIXTURE, key=lambda s: MIXTURE[s] * total - drawn[s])
+        return max(self.mixture, key=lambda s: self.mixture[s] * total - drawn[s])
 
     def _next(self, source: str, length: int) -> NDArray[np.int64]:
         stream = self.streams[source]

@@ -50,7 +50,9 @@ def bits_per_byte(
 
 
 @torch.no_grad()
-def agreement(draft: Llama, target: Llama, work: Path, best: int = 4) -> dict[str, list[float]]:
+def agreement(
+    draft: Llama, target: Llama, work: Path, best: int = 4, max_windows: int | None = None
+) -> dict[str, list[float]]:
     """Return how often the target's greedy token is the draft's first, or among its best.
 
     Returns:
@@ -59,7 +61,7 @@ def agreement(draft: Llama, target: Llama, work: Path, best: int = 4) -> dict[st
     shares = {}
     for source in HELD_OUT:
         first = among = total = 0
-        for ids in _windows(work, source, None)[0]:
+        for ids in _windows(work, source, max_windows)[0]:
             wanted = target(ids[:, :-1])[0].argmax(-1, keepdim=True)  # [T, 1]
             hits = draft(ids[:, :-1])[0].topk(best, dim=-1).indices == wanted  # [T, best]
             first += int(hits[:, 0].sum())

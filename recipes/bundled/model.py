@@ -25,7 +25,7 @@ class Shape:
 
 SHAPES = {
     "target": Shape(384, 768, num_layers=6, num_heads=6, num_kv_heads=2),
-    "draft": Shape(128, 384, num_layers=2, num_heads=2, num_kv_heads=2),
+    "draft": Shape(384, 768, num_layers=2, num_heads=6, num_kv_heads=2),
 }
 
 

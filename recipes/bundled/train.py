@@ -57,7 +57,7 @@ class Trainer:
         self.schedule = Schedule(args.rate, decay_from=args.decay_from)
         self.path: Path = args.work / f"{args.model}.checkpoint.safetensors"
         self.model = Llama(SHAPES[args.model])
-        self.model.initialise(args.seed)
+        self.initialise()
         self.model.to(args.device)
         self.optimiser = make_optimiser(self.model, args.weight_decay)
         self.progress = Progress()
@@ -65,9 +65,18 @@ class Trainer:
             weights, moments, self.progress = load_checkpoint(self.path)
             self.model.load_state_dict(weights)
             import_moments(self.model, self.optimiser, moments)
-        streams = {s: load_stream(args.work, "train", s)[0] for s in MIXTURE}
-        self.sampler = WindowSampler(streams, args.seed, self.progress.cursor)
+        mixture = self.mixture()
+        streams = {s: load_stream(args.work, "train", s)[0] for s in mixture}
+        self.sampler = WindowSampler(streams, args.seed, self.progress.cursor, mixture)
         self.stopped = False
+
+    def initialise(self) -> None:
+        """Give the new model its first weights."""
+        self.model.initialise(self.args.seed)
+
+    def mixture(self) -> dict[str, float]:
+        """Return the share of the windows drawn from each source."""
+        return MIXTURE
 
     def mean_loss(self, ids: Tensor, wanted: Tensor) -> Tensor:
         """Return the mean cross entropy of ``[B, T]`` inputs and targets, in nats."""
@@ -138,10 +147,9 @@ class Trainer:
         print("bpb " + " ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
 
 
-def main() -> None:
-    """Parse the arguments and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=sorted(SHAPES), required=True)
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the arguments that every kind of training has."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the token streams")
     parser.add_argument("--hours", type=float, help="training time, resumed runs included")
     parser.add_argument("--tokens", type=int, help="tokens to see; repeats exactly")
@@ -154,11 +162,23 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--save-s", type=float, default=600, help="seconds between checkpoints")
     parser.add_argument("--log-every", type=int, default=20)
+    return parser
+
+
+def run(parser: argparse.ArgumentParser, trainer: type[Trainer]) -> None:
+    """Parse the arguments and train."""
     args = parser.parse_args()
     if not args.hours and not args.tokens:
         parser.error("give --hours or --tokens")
     torch.set_num_threads(args.threads)
-    Trainer(args).run()
+    trainer(args).run()
+
+
+def main() -> None:
+    """Train from data alone."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--model", choices=sorted(SHAPES), required=True)
+    run(parser, Trainer)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ def rank(
     position: int,
     token: int,
     share: int,
+    sharpness: float,
     rows: int,
     vocab: int,
     width: int,

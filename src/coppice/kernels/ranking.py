@@ -24,6 +24,7 @@ def rank(
     positions: Sequence[int] | I64,
     width: int,
     *,
+    sharpness: float = 1.0,
     backend: Literal["native", "reference"] | None = None,
 ) -> tuple[I32, F32]:
     """The first ``width`` tokens of each row, best first.
@@ -33,12 +34,13 @@ def rank(
         params: of each row's sequence; no mask is known here.
         positions: ``[W]`` absolute position of the token that would be chosen.
         width: how many.
+        sharpness: multiplies the sums before shares are taken of them.
         backend: force one implementation; by default native where it was built.
 
     Returns:
         Tokens ``[W, width]``, -1 where there are no more, and the logarithms of their shares
-        in the sum of ``e^(y + noise)`` over what sampling keeps: an estimate of how likely a
-        model that differs a little draws each.
+        in the sum of ``e^(sharpness * (y + noise))`` over what sampling keeps: how likely a
+        model draws each whose logits differ a little, the less the greater ``sharpness``.
     """
     num_rows, vocab = logits.shape
     tokens = np.full((num_rows, width), -1, np.int32)
@@ -46,7 +48,8 @@ def rank(
     native = None if backend == "reference" else native_module()
     if native is None:
         for i in range(num_rows):
-            _rank_row(logits[i], params[i], int(positions[i]), tokens[i], shares[i])
+            scores = _scores(logits[i], params[i], int(positions[i])) * np.float32(sharpness)
+            _rank_row(scores, tokens[i], shares[i])
         return tokens, shares
     if not (logits.flags.c_contiguous and logits.dtype == np.float32):
         raise ValueError("logits must be contiguous float32")
@@ -55,7 +58,7 @@ def rank(
     if not len(addresses) == len(at) == num_rows:
         raise ValueError("params and positions need one entry per row")
     arrays = (logits, addresses, at, tokens, shares)
-    native.rank(*(a.ctypes.data for a in arrays), num_rows, vocab, width)
+    native.rank(*(a.ctypes.data for a in arrays), sharpness, num_rows, vocab, width)
     return tokens, shares
 
 
@@ -86,21 +89,29 @@ def distribution(logits: F32, params: RowParams, allowed: Mask | None = None) ->
     return probabilities
 
 
-def _rank_row(raw: F32, params: RowParams, position: int, tokens: I32, shares: F32) -> None:
-    """Fill one row of `rank`."""
+def _scores(raw: F32, params: RowParams, position: int) -> F32:
+    """What the argmax of a draw is taken over; empty where there is nothing to draw."""
+    nothing: F32 = np.zeros(0, np.float32)
     if not bool(np.all(raw < np.inf)):
-        return
+        return nothing
     x = process(raw, params, None)
     if not len(x) or x.max() == -np.inf:
-        return
-    scores = x
-    if params.inv_temperature > 0.0:
-        y = (x - x.max()) * np.float32(params.inv_temperature)
-        keep = kept(y, params)
-        scores = np.full_like(y, -np.inf)
-        scores[keep] = y[keep] + noise.gumbel(params.seed, position, len(y))[keep]
+        return nothing
+    if params.inv_temperature == 0.0:
+        return x
+    y = (x - x.max()) * np.float32(params.inv_temperature)
+    keep = kept(y, params)
+    scores: F32 = np.full(len(y), -np.inf, np.float32)
+    scores[keep] = y[keep] + noise.gumbel(params.seed, position, len(y))[keep]
+    return scores
+
+
+def _rank_row(scores: F32, tokens: I32, shares: F32) -> None:
+    """Fill one row of `rank`."""
     order = np.argsort(-scores, kind="stable")[: len(tokens)]
     order = order[scores[order] > -np.inf]
+    if not len(order):
+        return
     best = float(scores[order[0]])
     total = float(np.log(np.exp(scores.astype(np.float64) - best).sum()))
     tokens[: len(order)] = order

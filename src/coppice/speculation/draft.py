@@ -10,6 +10,7 @@ children are drawn with noise of their own.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ WIDTH = 8
 """Most children of a node of a freely growing tree."""
 BEAMS = 4
 """Nodes of one tree that are extended in one pass."""
+SHARPNESS = (0.25, 8.0)
+"""Bounds of what the draft's scores are multiplied with to tell how often it is right."""
+LEARNING_RATE = 0.05
 
 
 @dataclass(slots=True)
@@ -83,6 +87,8 @@ class DraftModel:
         self._rule = rule
         self._shape = shape
         self._token_s = token_s
+        self._sharpness = 1.5
+        self._last: dict[int, tuple[int, DraftTree]] = {}
         self.pass_s = 0.0
         """Seconds of a drafting pass, smoothed."""
 
@@ -102,14 +108,38 @@ class DraftModel:
         for tree in growing:
             grown = tree.growth.finish()
             trees[tree.index] = grown if len(grown) else None
+            if grown.logf:
+                self._last[tree.view.arrival] = len(tree.view.tokens), grown
         return trees
 
     def forget(self, arrival: int) -> None:
         """See `Proposer`."""
+        self._last.pop(arrival, None)
         self._reader.forget(arrival)
+
+    def _learn(self, view: DraftView) -> None:
+        """Compare the last tree for a sequence with what followed.
+
+        A draft is never as sure of a choice as it is often right: two models whose logits
+        differ by a little noise pick the same token far more often than with the token's
+        probability. Scores are sharpened until the first child is accepted as often as told.
+        """
+        base, tree = self._last.pop(view.arrival, (0, DraftTree(self.name)))
+        node: int | None = ROOT
+        for token in view.tokens[base:]:
+            children = [i for i in range(len(tree)) if tree.parents[i] == node]
+            if node is None or not children:
+                break
+            best = max(children, key=tree.logf.__getitem__)
+            told = math.exp(tree.logf[best] - (0.0 if node == ROOT else tree.logf[node]))
+            right = tree.tokens[best] == token
+            factor = math.exp(LEARNING_RATE * (right - told))
+            self._sharpness = min(max(self._sharpness * factor, SHARPNESS[0]), SHARPNESS[1])
+            node = tree.child(node, token)
 
     def _begin(self, index: int, view: DraftView, limit: int) -> _Tree | None:
         """A growth for one sequence; None where there is no room for it."""
+        self._learn(view)
         depth = min(self._depth, limit)
         shape = None if self._shape is None else self._shape(limit, depth)
         slots = depth * (1 + BEAMS) if shape is None else depth + len(shape)
@@ -139,7 +169,8 @@ class DraftModel:
             rows.extend([tree.view.row] * len(nodes))
             depths = _depths_of(tree.growth.tree, nodes)
             positions.extend(len(tree.view.tokens) + depth for depth in depths)
-        tokens, shares = rank(logits, rows, positions, min(WIDTH, logits.shape[1]))
+        width = min(WIDTH, logits.shape[1])
+        tokens, shares = rank(logits, rows, positions, width, sharpness=self._sharpness)
         listed, logs = tokens.tolist(), shares.tolist()
         at = 0
         for tree, nodes in wants:

@@ -14,8 +14,11 @@ from typing import Protocol
 from coppice.speculation.shapes import Shape
 from coppice.speculation.tree import ROOT, DraftTree, Drawn
 
-DECAY = -0.05129329438755058
-"""Log of 0.95, what a level costs a node's estimate: drafts are too sure of themselves."""
+DECAY = -1e-4
+"""What a level takes from a node's estimate: among equals, parents and shallow nodes come first.
+
+SpecExec takes log 0.95 because drafts are too sure of themselves; here shares come calibrated.
+"""
 
 
 class Growth(Protocol):

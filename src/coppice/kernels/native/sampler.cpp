@@ -264,7 +264,7 @@ void rank_row(const RankArgs& a, int64_t i, const SamplerTable& lanes) {
   if (n == 0 || top == NEVER) return;
   const Logits in{x, n, top, row.inv_temperature};
   const float best = score(in, row, a.position[i], lanes, s);
-  const Logits scores{s.scores.data(), n, best, 1.0f};
+  const Logits scores{s.scores.data(), n, best, a.sharpness};
   const double total = log_fixed(static_cast<double>(lanes.total_mass(scores))) - MASS_BITS * LN2;
   collect_top(scores, std::min(a.width, n), lanes, s);
   std::sort(s.keys.begin(), s.keys.end(), first);
@@ -330,10 +330,10 @@ void bind_sampler(nanobind::module_& m) {
   m.def(
       "rank",
       [](Address logits, Address params, Address position, Address token, Address share,
-         int64_t rows, int64_t vocab, int64_t width) {
+         float sharpness, int64_t rows, int64_t vocab, int64_t width) {
         rank({at<const float>(logits), at<const SamplerRow* const>(params),
-              at<const int64_t>(position), at<int32_t>(token), at<float>(share), rows, vocab,
-              width});
+              at<const int64_t>(position), at<int32_t>(token), at<float>(share), sharpness, rows,
+              vocab, width});
       },
       nanobind::call_guard<nanobind::gil_scoped_release>());
   m.def(

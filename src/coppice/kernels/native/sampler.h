@@ -91,6 +91,7 @@ struct RankArgs {
   const int64_t* position;         // [rows]
   int32_t* token;                  // [rows, width], -1 where there is none
   float* share;                    // [rows, width]
+  float sharpness;                 // multiplies scores before their shares are taken
   int64_t rows, vocab, width;
 };
 
