@@ -3,8 +3,8 @@
 The bundled target is widened to the shape of Qwen2.5-0.5B without changing its function
 (``tools/widen.py``), so that a step costs what a 0.5B model's does and the bundled draft is
 right as often as it really is. Prompts are prose and code held out from the training of both.
-Answers with and without speculation are compared token by token before anything is timed as
-a success. llama.cpp runs the same two models as GGUF, with its own speculation and without.
+A run whose answers with and without speculation differ in a token ends there. llama.cpp runs the
+same two models as GGUF, with its own speculation and without.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def main() -> int:
             rows = {"coppice, plain": plain, "coppice, speculating": ours}
             rows |= {name: f[temperature, kind] for name, f in peers.items()}
             for name, figure in rows.items():
-                report.rows.append(_row(form, temperature, kind, name, figure, plain))
+                case = [form, f"{temperature:g}", kind, name]
+                report.rows.append(case + _cells(figure, plain if "coppice" in name else None))
                 report.metrics[f"{form} {temperature} {kind} {name}"] = figure.tok_s
             for name, ratios in against.items():
                 if name in rows:
@@ -81,19 +82,18 @@ def main() -> int:
     return report.finish()
 
 
-def _row(
-    form: str, temperature: float, kind: str, name: str, figure: Figure, plain: Figure
-) -> list[str]:
-    per_step = f"{figure.per_step:.2f}" if name.startswith("coppice") else ""
-    gain = f"{figure.tok_s / plain.tok_s:.2f}" if name.startswith("coppice") else ""
-    return [form, f"{temperature:g}", kind, name, f"{figure.tok_s:.1f}", gain, per_step]
+def _cells(figure: Figure, plain: Figure | None) -> list[str]:
+    """Rate, gain over plain decoding and tokens a step; only the rate of a peer."""
+    if plain is None:
+        return [f"{figure.tok_s:.1f}", "", ""]
+    return [f"{figure.tok_s:.1f}", f"{figure.tok_s / plain.tok_s:.2f}", f"{figure.per_step:.2f}"]
 
 
 Found = dict[tuple[float, str], tuple[Figure, Figure]]
 
 
 def _coppice(target: Path, form: str, args: argparse.Namespace) -> Found:
-    """Plain and speculating, in turns within a round; the better half of rounds is the median."""
+    """Plain and speculating, in turns within a round; of the rounds the one of median gain."""
     engines = {}
     for speculate in ("off", "draft"):
         engines[speculate] = LLM(
