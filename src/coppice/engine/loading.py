@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,11 +12,13 @@ from torch import Tensor
 from coppice.cache.pool import KVPool
 from coppice.engine.config import EngineConfig
 from coppice.engine.messages import ModelFacts
+from coppice.engine.start import remember
 from coppice.kernels import describe, num_threads, set_num_threads
 from coppice.kernels.rows import Rows
 from coppice.models.kv import KVLayout
 from coppice.models.load import LoadedModel, check_vocabulary, load_model
 from coppice.models.tokenizer import Tokenizer
+from coppice.weights.stored import StoredPack
 
 KV_MARKS = {"auto": "", "int8": "-kv8"}
 """What the fingerprint says of KV pages: answers depend on their type."""
@@ -48,8 +51,12 @@ class EngineModel:
     """``num_pages`` and ``page_size`` are filled in by the engine."""
 
 
-def load_engine_model(config: EngineConfig) -> EngineModel:
+def load_engine_model(config: EngineConfig, early: Future[StoredPack] | None = None) -> EngineModel:
     """Load the configured model and its tokenizer.
+
+    Args:
+        config: which model and how.
+        early: its packed weights, being read since before PyTorch was imported.
 
     Raises:
         CheckpointError: it is missing, damaged or not supported; nothing stays resident.
@@ -63,7 +70,9 @@ def load_engine_model(config: EngineConfig) -> EngineModel:
         quantization=None if config.quantization == "none" else config.quantization,
         max_context=config.context_length,
         cache=config.cache_folder if config.keep_packed else None,
+        early=early,
     )
+    remember(config, loaded.pack)
     tokenizer = tokenizer_of(loaded)
     check_vocabulary(loaded.config, tokenizer.vocab_size)
     facts = ModelFacts(

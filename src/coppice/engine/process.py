@@ -28,6 +28,8 @@ from coppice.engine.messages import (
     decode_to_engine,
     encode,
 )
+from coppice.engine.quick_torch import import_torch
+from coppice.engine.start import begin_reading
 from coppice.errors import CoppiceError
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def main() -> int:
     parser.add_argument("--socket", required=True, help="Unix socket of the front end")
     parser.add_argument("--config", required=True, help="EngineConfig as JSON")
     args = parser.parse_args()
+    gc.disable()  # a start makes much and drops little; `_serve` switches it on again
     tune_allocator(mmap_threshold=MMAP_THRESHOLD)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -61,13 +64,15 @@ def main() -> int:
 
 
 def _serve(connection: socket.socket, config: EngineConfig) -> int:
+    early = begin_reading(config) if config.keep_packed else None
+    import_torch()
     from coppice.engine.engine import Engine
     from coppice.engine.loading import load_engine_model
     from coppice.engine.loop import EngineLoop
 
-    engine = Engine(load_engine_model(config), config)
-    gc.collect()
+    engine = Engine(load_engine_model(config, early), config)
     gc.freeze()  # what is loaded now stays: no collection needs to look at it again
+    gc.enable()
     give_back()
 
     def send(messages: Sequence[FromEngine]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from coppice.models.source import TensorSource
 from coppice.weights import BF16, F32, Format
 from coppice.weights.names import Scheme
 from coppice.weights.names import scheme as named_scheme
+from coppice.weights.stored import StoredPack
 
 DType = Literal["auto", "float32", "bfloat16"]
 _FORMATS: dict[str, Format] = {"float32": F32, "bfloat16": BF16}
@@ -64,6 +66,8 @@ class LoadedModel:
     quantization: str | None
     dtype: str
     fingerprint: str
+    pack: tuple[Path, str] | None
+    """Where the packed weights are kept and under which key, if they are."""
 
 
 def load_model(
@@ -74,6 +78,7 @@ def load_model(
     ops: Ops | None = None,
     max_context: int | None = None,
     cache: Path | None = None,
+    early: Future[StoredPack] | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a decoder.
@@ -88,6 +93,7 @@ def load_model(
         ops: operators to pack for; by default the fastest on this machine.
         max_context: longest context to serve, at most the model's own.
         cache: folder where packed weights are kept for the next start; None keeps none.
+        early: packed weights that are being read already; used if they are the right ones.
         progress: called with bytes packed and bytes in all.
 
     Raises:
@@ -113,6 +119,7 @@ def load_model(
             ops=ops or get_ops(),
             max_context=max_context,
             cache=cache,
+            early=early,
             progress=progress,
         )
     finally:
@@ -135,6 +142,7 @@ def _load(
     ops: Ops,
     max_context: int | None,
     cache: Path | None,
+    early: Future[StoredPack] | None,
     progress: Progress | None,
 ) -> LoadedModel:
     config = _with_generation(read_config(checkpoint.config), checkpoint.generation)
@@ -152,7 +160,8 @@ def _load(
     shapes = make_plan(config, set(source.names())).tensors().values()
     num_params = sum(math.prod(shape) for shape in shapes)
     depends = (checkpoint.config, source.fingerprint(), dtype, repr(scheme), ops.name)
-    with open_packs(cache if num_params >= PACKED_FROM else None, *depends) as packs:
+    cache = cache if num_params >= PACKED_FROM else None
+    with open_packs(cache, *depends, early=early) as packs:
         weights = build_weights(
             config, source, ops, format=floats, scheme=scheme, packs=packs, progress=progress
         )
@@ -170,6 +179,7 @@ def _load(
         quantization=None if main == floats.name else main,
         dtype=dtype,
         fingerprint=_fingerprint(checkpoint.config, source, dtype, ops, decoder),
+        pack=None if packs.path is None else (packs.path, packs.key),
     )
 
 

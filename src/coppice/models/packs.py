@@ -1,7 +1,7 @@
 """Packed matrices of models, kept between starts.
 
-The first start of a model packs its matrices and writes them down; later ones map the file
-and read nothing of the checkpoint but its small tensors. A file that is missing, damaged or
+The first start of a model packs its matrices and writes them down; later ones read the file
+and nothing of the checkpoint but its small tensors. A file that is missing, damaged or
 of another version is made anew, with a warning where it was damaged; a folder that cannot be
 written costs the saving only.
 """
@@ -12,15 +12,17 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from coppice.weights import Format, Linear
-from coppice.weights.pack import DamagedPackError, PackWriter, read_pack
+from coppice.weights.pack import PackWriter, tensors_of
+from coppice.weights.stored import DamagedPackError, StoredPack, load_pack
 
-VERSION = 1
+VERSION = 2
 """Changes with any layout of the kernels; part of every key."""
 
 _log = logging.getLogger(__name__)
@@ -30,11 +32,18 @@ class Packs:
     """Where a loader finds packed matrices and leaves new ones; by default nowhere."""
 
     def __init__(
-        self, found: Mapping[str, Tensor] | None = None, writer: PackWriter | None = None
+        self,
+        found: Mapping[str, Tensor] | None = None,
+        writer: PackWriter | None = None,
+        *,
+        path: Path | None = None,
+        key: str = "",
     ) -> None:
+        self.path = path
+        self.key = key
         self._found: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in ({} if found is None else found).items():
-            layer, _, role = key.rpartition("/")
+        for name, tensor in ({} if found is None else found).items():
+            layer, _, role = name.rpartition("/")
             self._found.setdefault(layer, {})[role] = tensor
         self._writer = writer
         self.complete = found is not None
@@ -58,12 +67,15 @@ class Packs:
 
 
 @contextmanager
-def open_packs(folder: Path | None, *parts: object) -> Iterator[Packs]:
+def open_packs(
+    folder: Path | None, *parts: object, early: Future[StoredPack] | None = None
+) -> Iterator[Packs]:
     """The packs of one model, found or about to be written.
 
     Args:
         folder: the cache folder; None keeps nothing.
         parts: what the packed form depends on, as JSON values.
+        early: a pack that is being read already, on the guess that it will be wanted.
     """
     if folder is None:
         yield Packs()
@@ -72,13 +84,13 @@ def open_packs(folder: Path | None, *parts: object) -> Iterator[Packs]:
     key = hashlib.sha256(text.encode()).hexdigest()
     path = folder / "packs" / f"{key[:32]}.pack"
     try:
-        found = read_pack(path, key)
+        found = tensors_of(_early(early, path, key) or load_pack(path, key))
     except FileNotFoundError:
         pass
     except (DamagedPackError, OSError, ValueError, KeyError) as error:
         _log.warning("The packed weights in %s are made anew: %s.", path, error)
     else:
-        yield Packs(found)
+        yield Packs(found, path=path, key=key)
         return
     try:
         writer = PackWriter(path, key)
@@ -87,4 +99,15 @@ def open_packs(folder: Path | None, *parts: object) -> Iterator[Packs]:
         yield Packs()
         return
     with writer:
-        yield Packs(writer=writer)
+        yield Packs(writer=writer, path=path, key=key)
+
+
+def _early(early: Future[StoredPack] | None, path: Path, key: str) -> StoredPack | None:
+    """What was read early, if it is what is wanted and whole."""
+    if early is None:
+        return None
+    try:
+        pack = early.result()
+    except (DamagedPackError, OSError, ValueError, KeyError):
+        return None  # reading it again finds the reason
+    return pack if (pack.path, pack.key) == (path, key) else None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from coppice.weights.pack import ALIGN, DamagedPackError, PackWriter, read_pack
+from coppice.weights.pack import ALIGN, PackWriter, tensors_of
+from coppice.weights.stored import DamagedPackError, checksum, load_pack
 
 
 def tensors() -> dict[str, Tensor]:
@@ -20,6 +22,10 @@ def tensors() -> dict[str, Tensor]:
         "d": torch.randn(5, generator=generator).half(),
         "none": torch.empty(0, 4),
     }
+
+
+def read_pack(path: Path, key: str) -> Mapping[str, Tensor]:
+    return tensors_of(load_pack(path, key))
 
 
 def write(path: Path) -> None:
@@ -86,3 +92,25 @@ def test_every_flipped_byte_that_counts_is_noticed(tmp_path: Path) -> None:
         else:
             assert all(torch.equal(found[name], t) for name, t in tensors().items())
     assert noticed > 50
+
+
+def test_a_checksum_notices_any_change() -> None:
+    data = bytes(range(256)) * 5 + b"the rest"
+    whole = checksum(memoryview(data))
+    changed = {checksum(memoryview(data[:size])) for size in range(len(data))}
+    for at in range(len(data)):
+        for bit in (1, 128):
+            flipped = data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]
+            changed.add(checksum(memoryview(flipped)))
+    assert whole not in changed
+    assert len(changed) == 3 * len(data)  # nor do any two of them agree
+
+
+def test_two_flips_in_a_lane_do_not_cancel() -> None:
+    data = bytearray(4096)
+    whole = checksum(memoryview(bytes(data)))
+    for first, second in ((3, 3 + 128), (3, 3 + 256), (0, 128), (131, 3 + 1024)):
+        both = bytearray(data)
+        both[first] ^= 0x80
+        both[second] ^= 0x80
+        assert checksum(memoryview(bytes(both))) != whole

@@ -145,6 +145,7 @@ namespace coppice {
 void bind_sampler(nb::module_& m);  // sampler.cpp
 void bind_program(nb::module_& m);  // bind_program.cpp
 void bind_suffix(nb::module_& m);   // bind_suffix.cpp
+void bind_checksum(nb::module_& m);  // checksum.cpp
 }
 
 NB_MODULE(_native, m) {
@@ -170,4 +171,5 @@ NB_MODULE(_native, m) {
   coppice::bind_sampler(m);
   coppice::bind_program(m);
   coppice::bind_suffix(m);
+  coppice::bind_checksum(m);
 }
