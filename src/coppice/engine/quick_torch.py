@@ -18,8 +18,12 @@ import threading
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
+
+VERSIONS = ("2.13.",)
+"""Releases of PyTorch in which this was tried; each needs its tests run anew."""
 
 DEFERRED = (
     "torch.utils.data",
@@ -85,7 +89,23 @@ class _There(Loader):
         module.__spec__ = self._spec
 
 
-class _Later(MetaPathFinder, Loader):
+class _Empty(Loader):
+    """Makes modules that know whom to ask, and runs nothing."""
+
+    def __init__(self, later: _Later) -> None:
+        self._later = later
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """An empty module."""
+        module = _Deferred(spec.name)
+        module.__dict__["__later__"] = self._later
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing yet."""
+
+
+class _Later(MetaPathFinder):
     """Finds the deferred modules, and runs them when the time has come."""
 
     def __init__(self) -> None:
@@ -117,17 +137,8 @@ class _Later(MetaPathFinder, Loader):
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             self._loaders[fullname] = spec.loader
-            spec.loader = self
+            spec.loader = _Empty(self)
         return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """An empty module that knows whom to ask."""
-        module = _Deferred(spec.name)
-        module.__dict__["__later__"] = self
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Nothing yet."""
 
     def ask(self, module: ModuleType, name: str) -> Any:
         """A name of a deferred module."""
@@ -180,11 +191,10 @@ class _Later(MetaPathFinder, Loader):
 def import_torch() -> None:
     """Import PyTorch, the parts in `DEFERRED` only if they are asked for.
 
-    Raises:
-        Exception: whatever a PyTorch raises whose parts hang together in another way; the
-            process can then no longer import it.
+    How its parts hang together is not an interface, so this is done for `VERSIONS` alone; any
+    other is imported whole.
     """
-    if "torch" in sys.modules:
+    if "torch" in sys.modules or not version("torch").startswith(VERSIONS):
         return
     later = _Later()
     sys.meta_path.insert(0, later)

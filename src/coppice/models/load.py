@@ -21,7 +21,7 @@ from coppice.models.checkpoint import Checkpoint, open_folder
 from coppice.models.config import ModelConfig
 from coppice.models.decoder import Decoder
 from coppice.models.locate import BUNDLED, locate
-from coppice.models.packs import open_packs
+from coppice.models.packs import Kept, open_packs
 from coppice.models.plan import make_plan
 from coppice.models.quantized.source import NAME_KEY
 from coppice.models.registry import read_config
@@ -118,8 +118,7 @@ def load_model(
             scheme=scheme,
             ops=ops or get_ops(),
             max_context=max_context,
-            cache=cache,
-            early=early,
+            kept=None if cache is None else Kept(cache, early),
             progress=progress,
         )
     finally:
@@ -141,8 +140,7 @@ def _load(
     scheme: Scheme | None,
     ops: Ops,
     max_context: int | None,
-    cache: Path | None,
-    early: Future[StoredPack] | None,
+    kept: Kept | None,
     progress: Progress | None,
 ) -> LoadedModel:
     config = _with_generation(read_config(checkpoint.config), checkpoint.generation)
@@ -160,8 +158,7 @@ def _load(
     shapes = make_plan(config, set(source.names())).tensors().values()
     num_params = sum(math.prod(shape) for shape in shapes)
     depends = (checkpoint.config, source.fingerprint(), dtype, repr(scheme), ops.name)
-    cache = cache if num_params >= PACKED_FROM else None
-    with open_packs(cache, *depends, early=early) as packs:
+    with open_packs(kept if num_params >= PACKED_FROM else None, *depends) as packs:
         weights = build_weights(
             config, source, ops, format=floats, scheme=scheme, packs=packs, progress=progress
         )

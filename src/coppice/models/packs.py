@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -26,6 +27,18 @@ VERSION = 2
 """Changes with any layout of the kernels; part of every key."""
 
 _log = logging.getLogger(__name__)
+
+
+class Kept(NamedTuple):
+    """Where packs are kept.
+
+    Attributes:
+        folder: the cache folder.
+        early: a pack that is being read already, on the guess that it will be wanted.
+    """
+
+    folder: Path
+    early: Future[StoredPack] | None = None
 
 
 class Packs:
@@ -67,24 +80,21 @@ class Packs:
 
 
 @contextmanager
-def open_packs(
-    folder: Path | None, *parts: object, early: Future[StoredPack] | None = None
-) -> Iterator[Packs]:
+def open_packs(kept: Kept | None, *parts: object) -> Iterator[Packs]:
     """The packs of one model, found or about to be written.
 
     Args:
-        folder: the cache folder; None keeps nothing.
+        kept: where packs are kept; None keeps nothing.
         parts: what the packed form depends on, as JSON values.
-        early: a pack that is being read already, on the guess that it will be wanted.
     """
-    if folder is None:
+    if kept is None:
         yield Packs()
         return
     text = json.dumps([VERSION, *parts], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()
-    path = folder / "packs" / f"{key[:32]}.pack"
+    path = kept.folder / "packs" / f"{key[:32]}.pack"
     try:
-        found = tensors_of(_early(early, path, key) or load_pack(path, key))
+        found = tensors_of(_early(kept.early, path, key) or load_pack(path, key))
     except FileNotFoundError:
         pass
     except (DamagedPackError, OSError, ValueError, KeyError) as error:
