@@ -85,7 +85,11 @@ def step_facts(given: Given) -> dict[str, Any]:
         model = load_engine_model(config)
     with Progress(console=err(), transient=True) as bar:
         task = bar.add_task("Timing steps", total=None)
-        curve = calibrate(model, progress=lambda n, of: bar.update(task, completed=n, total=of))
+        curve = calibrate(
+            model,
+            kv=config.kv_cache_dtype,
+            progress=lambda n, of: bar.update(task, completed=n, total=of),
+        )
     path = curve_path(config.cache_folder, model.facts)
     save_curve(curve, path)
     timed = zip(curve.rows, curve.seconds, strict=True)

@@ -14,7 +14,7 @@ import torch
 
 from coppice.cache.pool import KVPool
 from coppice.cost import Sample, StepCurve, fit, read_curve, save_curve
-from coppice.engine.config import EngineConfig
+from coppice.engine.config import EngineConfig, KVDType
 from coppice.engine.loading import EngineModel
 from coppice.engine.messages import ModelFacts
 from coppice.kernels.rows import Rows
@@ -31,6 +31,7 @@ MOST_LOGITS = 32
 def calibrate(
     model: EngineModel,
     *,
+    kv: KVDType = "auto",
     seconds: float = 6.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> StepCurve:
@@ -38,10 +39,11 @@ def calibrate(
 
     Args:
         model: the loaded model; it is not changed.
+        kv: how K and V are kept; reading them costs accordingly.
         seconds: about how long the measuring may take; each size runs at least thrice.
         progress: called with sizes done and sizes in all.
     """
-    runs = list(_runs(model))
+    runs = list(_runs(model, kv))
     samples: list[Sample] = []
     for done, (rows, keys, run) in enumerate(runs):
         if progress is not None:
@@ -60,7 +62,7 @@ def curve_for(config: EngineConfig, model: EngineModel) -> StepCurve | None:
     path = curve_path(config.cache_folder, model.facts)
     curve = read_curve(path)
     if curve is None and config.speculate != "off":
-        curve = calibrate(model, seconds=1.0)
+        curve = calibrate(model, kv=config.kv_cache_dtype, seconds=1.0)
         try:
             save_curve(curve, path)
         except OSError as error:
@@ -69,16 +71,19 @@ def curve_for(config: EngineConfig, model: EngineModel) -> StepCurve | None:
 
 
 def curve_path(folder: Path, facts: ModelFacts) -> Path:
-    """Where the curve of a model with these kernels and threads on this processor lies."""
+    """Where the curve of a model with these kernels and threads on this processor lies.
+
+    The model's fingerprint says how it keeps K and V, too.
+    """
     parts = [facts.fingerprint, facts.kernels, str(facts.num_threads), _processor()]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return folder / "curves" / f"{facts.name}-{name}.json"
 
 
-def _runs(model: EngineModel) -> Iterator[tuple[int, int, Callable[[], object]]]:
+def _runs(model: EngineModel, kv: KVDType) -> Iterator[tuple[int, int, Callable[[], object]]]:
     page = model.facts.page_size
     longest = min(model.facts.context_length, CONTEXT + ROWS[-1])
-    layout = model.decoder.kv_layout(page)
+    layout = model.decoder.kv_layout(page).stored_as(kv)
     pool = KVPool(layout, -(-longest // page))
     for pages in (*pool.k, *pool.v):
         pages.zero_()

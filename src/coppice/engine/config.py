@@ -113,8 +113,15 @@ class EngineConfig(RoomConfig):
     )
     keep_packed: bool = setting(
         True,
-        "Keep packed weights of all but small models in the cache folder: later starts map them "
+        "Keep packed weights of all but small models in the cache folder: later starts read them "
         "instead of packing again.",
+    )
+    keep_packed_mib: int = setting(
+        65536,
+        "Most MiB of packed weights in the cache folder; beyond it those of the models that were "
+        "not used for longest go.",
+        minimum=0,
+        maximum=1 << 32,
     )
     speculate: Speculate = setting(
         "off",

@@ -39,7 +39,7 @@ from coppice.engine.pages import SequencePages
 from coppice.engine.request import Grammar, Request
 from coppice.engine.sampler import SamplerState
 from coppice.engine.sequence import Sequence
-from coppice.engine.speculate import make_speculator
+from coppice.engine.speculate import load_draft, make_speculator
 from coppice.engine.step import StepRunner, Walk
 from coppice.errors import ContextOverflowError, RequestError, RowFaultError
 from coppice.kernels import expect_work
@@ -90,7 +90,11 @@ class Engine:
         self.clock = clock
         layout = model.decoder.kv_layout(config.page_size).stored_as(config.kv_cache_dtype)
         self._layout = layout
-        num_pages = max(1, (config.kv_cache_mib << 20) // layout.page_bytes)
+        draft = None if speculator is not None else load_draft(config, model)
+        page_bytes = layout.page_bytes
+        if draft is not None:  # which keeps K and V of the same tokens in pages of its own
+            page_bytes += draft.decoder.kv_layout(config.page_size).page_bytes
+        num_pages = max(1, (config.kv_cache_mib << 20) // page_bytes)
         self.num_pages = num_pages
         self.context_length = min(
             config.context_length or model.facts.context_length,
@@ -114,7 +118,7 @@ class Engine:
         self._waiting = FlowQueues(self.policy.flows)
         self.waiting_for = ""
         """Why the first in turn was not admitted by the last plan; empty when none waits."""
-        self._speculator = speculator or make_speculator(config, model, self.cost, num_pages)
+        self._speculator = speculator or make_speculator(config, model, self.cost, num_pages, draft)
         self._totals: Counter[str] = Counter()
         self._seconds = {"model": 0.0, "draft": 0.0, "other": 0.0}
         self.outcomes: Counter[str] = Counter()

@@ -17,6 +17,7 @@ from coppice.kernels import describe, num_threads, set_num_threads
 from coppice.kernels.rows import Rows
 from coppice.models.kv import KVLayout
 from coppice.models.load import LoadedModel, check_vocabulary, load_model
+from coppice.models.packs import Kept
 from coppice.models.tokenizer import Tokenizer
 from coppice.weights.stored import StoredPack
 
@@ -69,8 +70,9 @@ def load_engine_model(config: EngineConfig, early: Future[StoredPack] | None = N
         dtype=config.dtype,
         quantization=None if config.quantization == "none" else config.quantization,
         max_context=config.context_length,
-        cache=config.cache_folder if config.keep_packed else None,
-        early=early,
+        kept=Kept(config.cache_folder, early, config.keep_packed_mib << 20)
+        if config.keep_packed
+        else None,
     )
     remember(config, loaded.pack)
     tokenizer = tokenizer_of(loaded)

@@ -9,7 +9,7 @@ from coppice.cost import StepCost
 from coppice.engine.config import EngineConfig
 from coppice.engine.loading import EngineModel, tokenizer_of
 from coppice.errors import ConfigError
-from coppice.models.load import load_model
+from coppice.models.load import LoadedModel, load_model
 from coppice.models.locate import BUNDLED, BUNDLED_DRAFT
 from coppice.speculation import (
     Controller,
@@ -29,18 +29,20 @@ TYPICAL_MSS = (0.6, 0.11, 0.05, 0.03, 0.015, 0.01, 0.006, 0.004)
 
 
 def make_speculator(
-    config: EngineConfig, model: EngineModel, cost: StepCost, num_pages: int
+    config: EngineConfig,
+    model: EngineModel,
+    cost: StepCost,
+    num_pages: int,
+    draft: LoadedModel | None = None,
 ) -> Speculator | None:
     """The configured speculator, or None when speculation is off.
 
     Args:
-        config: ``speculate``, ``draft_model``, ``speculate_depth`` and the history's.
+        config: ``speculate``, ``speculate_depth``, ``verify`` and the history's.
         model: the target.
         cost: what its steps take.
-        num_pages: KV pages of the target; a draft model gets as many of its own.
-
-    Raises:
-        ConfigError: the draft model has another vocabulary, or none is named.
+        num_pages: KV pages of the target; a draft model has as many of its own.
+        draft: what `load_draft` gave.
     """
     if config.speculate == "off":
         return None
@@ -50,10 +52,8 @@ def make_speculator(
         proposers.append(PromptLookup())
     if config.speculate in ("auto", "suffix"):
         proposers.append(SuffixProposer(_history(config, model)))
-    if config.speculate in ("auto", "draft"):
-        draft = _draft_model(config, model, num_pages, controller.token_s)
-        if draft is not None:
-            proposers.append(draft)
+    if draft is not None:
+        proposers.append(_draft_model(config, draft, num_pages, controller.token_s))
     return Speculator(
         proposers, controller, model.facts.vocab_size, max_nodes=config.speculate_nodes
     )
@@ -69,9 +69,14 @@ def _history(config: EngineConfig, model: EngineModel) -> History | None:
     )
 
 
-def _draft_model(
-    config: EngineConfig, model: EngineModel, num_pages: int, token_s: Callable[[], float]
-) -> DraftModel | None:
+def load_draft(config: EngineConfig, model: EngineModel) -> LoadedModel | None:
+    """The configured draft model, or None where none is wanted.
+
+    Raises:
+        ConfigError: it has another vocabulary, or none is named.
+    """
+    if config.speculate not in ("auto", "draft"):
+        return None
     name = config.draft_model or (BUNDLED_DRAFT if config.model == BUNDLED else None)
     if name is None:
         if config.speculate == "draft":
@@ -88,6 +93,12 @@ def _draft_model(
             "must share its target's tokenizer.",
             param="draft_model",
         )
+    return loaded
+
+
+def _draft_model(
+    config: EngineConfig, loaded: LoadedModel, num_pages: int, token_s: Callable[[], float]
+) -> DraftModel:
     return DraftModel(
         loaded.decoder,
         num_pages=num_pages,

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +28,6 @@ from coppice.models.source import TensorSource
 from coppice.weights import BF16, F32, Format
 from coppice.weights.names import Scheme
 from coppice.weights.names import scheme as named_scheme
-from coppice.weights.stored import StoredPack
 
 DType = Literal["auto", "float32", "bfloat16"]
 _FORMATS: dict[str, Format] = {"float32": F32, "bfloat16": BF16}
@@ -77,8 +75,7 @@ def load_model(
     quantization: str | None = None,
     ops: Ops | None = None,
     max_context: int | None = None,
-    cache: Path | None = None,
-    early: Future[StoredPack] | None = None,
+    kept: Kept | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a decoder.
@@ -92,8 +89,7 @@ def load_model(
             default weights stay as the checkpoint has them.
         ops: operators to pack for; by default the fastest on this machine.
         max_context: longest context to serve, at most the model's own.
-        cache: folder where packed weights are kept for the next start; None keeps none.
-        early: packed weights that are being read already; used if they are the right ones.
+        kept: where packed weights are kept for the next start; None keeps none.
         progress: called with bytes packed and bytes in all.
 
     Raises:
@@ -118,7 +114,7 @@ def load_model(
             scheme=scheme,
             ops=ops or get_ops(),
             max_context=max_context,
-            kept=None if cache is None else Kept(cache, early),
+            kept=kept,
             progress=progress,
         )
     finally:

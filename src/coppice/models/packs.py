@@ -35,10 +35,12 @@ class Kept(NamedTuple):
     Attributes:
         folder: the cache folder.
         early: a pack that is being read already, on the guess that it will be wanted.
+        most_bytes: packs of other models go when all are larger, least recently used first.
     """
 
     folder: Path
     early: Future[StoredPack] | None = None
+    most_bytes: int = 1 << 62
 
 
 class Packs:
@@ -110,6 +112,24 @@ def open_packs(kept: Kept | None, *parts: object) -> Iterator[Packs]:
         return
     with writer:
         yield Packs(writer=writer, path=path, key=key)
+    _evict(path, kept.most_bytes)
+
+
+def _evict(latest: Path, most_bytes: int) -> None:
+    """Remove the least recently used packs beside ``latest`` until all fit.
+
+    A pack that another process is reading just now goes on existing for that process; one
+    that was read is not needed any more.
+    """
+    try:
+        found = [(p.stat(), p) for p in latest.parent.glob("*.pack")]
+        total = sum(stat.st_size for stat, _ in found)
+        for stat, path in sorted(found, key=lambda item: item[0].st_mtime_ns):
+            if total > most_bytes and path != latest:
+                path.unlink(missing_ok=True)
+                total -= stat.st_size
+    except OSError as error:
+        _log.warning("Old packed weights could not be removed: %s", error)
 
 
 def _early(early: Future[StoredPack] | None, path: Path, key: str) -> StoredPack | None:

@@ -57,7 +57,8 @@ def load_pack(path: Path, key: str) -> StoredPack:
         DamagedPackError: it is not a whole pack of ``key``.
     """
     with path.open("rb") as file:
-        os.utime(file.fileno())  # the least recently used are the first to be evicted
+        with contextlib.suppress(OSError):  # a folder of another user
+            os.utime(file.fileno())  # the least recently used are the first to be evicted
         end, index = _read_index(file.fileno())
         if index["key"] != key:
             raise DamagedPackError("it belongs to another model or version")

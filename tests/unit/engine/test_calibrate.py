@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from coppice.cache.pool import KVPool
 from coppice.cli.app import run
 from coppice.cost import read_curve
 from coppice.engine.calibrate import ROWS, calibrate, curve_path
 from coppice.engine.config import EngineConfig
 from coppice.engine.engine import Engine
 from coppice.engine.loading import load_engine_model
+from coppice.models.kv import KVLayout
 from tests.kits.models import DRAFT
 
 
@@ -40,3 +43,22 @@ def test_doctor_keeps_a_curve_where_engines_look(
     assert curve is not None
     engine = Engine(model, config)
     assert engine.cost.rows_within(curve.time(64) * 1.0001, 500) == 64
+
+
+def test_a_curve_is_of_the_pages_it_was_timed_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 pages are read at another cost, so their curve is another file and another timing."""
+    configs = [EngineConfig(model=DRAFT, kv_cache_dtype=kind) for kind in ("auto", "int8")]
+    models = [load_engine_model(config) for config in configs]
+    paths = {
+        curve_path(config.cache_folder, m.facts) for config, m in zip(configs, models, strict=True)
+    }
+    assert len(paths) == 2
+    kinds = []
+
+    def pool(layout: KVLayout, num_pages: int) -> KVPool:
+        kinds.append(layout.dtype)
+        return KVPool(layout, num_pages)
+
+    monkeypatch.setattr("coppice.engine.calibrate.KVPool", pool)
+    calibrate(models[1], kv="int8", seconds=0.01)
+    assert kinds == [torch.int8]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from coppice.kernels import get_ops
 from coppice.kernels.rows import Rows
 from coppice.models import load
 from coppice.models.load import LoadedModel, load_model
+from coppice.models.packs import Kept
 from coppice.models.safetensors import SafetensorsSource
 from tests.kits.models import DRAFT
 
@@ -32,7 +35,7 @@ def logits(model: LoadedModel) -> Tensor:
 
 def open_model(cache: Path, quantization: str | None = None, prefer: str = "native") -> LoadedModel:
     ops = get_ops(prefer=prefer)  # type: ignore[arg-type]
-    return load_model(DRAFT, quantization=quantization, ops=ops, cache=cache)
+    return load_model(DRAFT, quantization=quantization, ops=ops, kept=Kept(cache))
 
 
 @pytest.mark.parametrize("prefer", ["native", "reference"])
@@ -88,3 +91,28 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(
     with caplog.at_level(logging.WARNING):
         logits(open_model(tmp_path))
     assert "not kept" in caplog.text
+
+
+def test_packs_that_were_not_used_for_longest_go_first(tmp_path: Path) -> None:
+    folder = tmp_path / "packs"
+    for quantization in (None, "int8"):
+        open_model(tmp_path, quantization)
+    floats, int8 = sorted(folder.iterdir(), key=lambda path: -path.stat().st_size)
+    for path, age in ((floats, 100), (int8, 50)):
+        os.utime(path, (time.time() - age,) * 2)
+    open_model(tmp_path)  # is used again
+    most = floats.stat().st_size + int8.stat().st_size
+    load_model(DRAFT, quantization="int4", kept=Kept(tmp_path, most_bytes=most))
+    left = set(folder.iterdir())
+    assert floats in left
+    assert int8 not in left
+    assert sum(path.stat().st_size for path in left) <= most
+
+
+def test_the_pack_just_made_stays_however_large(tmp_path: Path) -> None:
+    open_model(tmp_path)
+    load_model(DRAFT, quantization="int8", kept=Kept(tmp_path, most_bytes=0))
+    [left] = (tmp_path / "packs").iterdir()
+    again = load_model(DRAFT, quantization="int8", kept=Kept(tmp_path, most_bytes=0))
+    assert again.pack is not None
+    assert again.pack[0] == left
