@@ -88,7 +88,10 @@ def test_text_is_read_by_kind(name: str, text: str, value: object) -> None:
         ({"num_fish": True}, "num_fish must be int or none, got True"),
         ({"depth_m": "nan"}, "depth_m must be a finite number"),
         ({"depth_m": "-1"}, "depth_m must be at least 0"),
-        ({"mood": "wlid"}, "must be one of calm, wild; did you mean 'wild'?"),
+        (
+            {"mood": "wlid"},
+            "must be one of calm, wild, got 'wlid' from Python; did you mean 'wild'?",
+        ),
         ({"frozen": "maybe"}, "frozen must be true or false"),
         ({"ducks": [1]}, "ducks must be a list of text"),
         ({"num_fsh": 1}, "Unknown pond setting 'num_fsh'; did you mean 'num_fish'?"),

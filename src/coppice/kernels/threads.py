@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from coppice.cost.topology import read_cpus
+
 T = TypeVar("T")
 
 
@@ -19,15 +21,9 @@ def usable_cores(root: Path = Path("/")) -> int:
     if not hasattr(os, "sched_getaffinity"):
         return max(1, os.cpu_count() or 1)
     cpus = os.sched_getaffinity(0)
-    cores = {_core(root, cpu) for cpu in cpus}
+    cores = len({cpu.core for cpu in read_cpus(root, cpus)}) or len(cpus)
     quota = _cgroup_quota(root)
-    return max(1, min(len(cores), math.ceil(quota)) if quota else len(cores))
-
-
-def _core(root: Path, cpu: int) -> str:
-    """A name shared by the hardware threads of one core."""
-    siblings = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-    return _read(siblings, str) or str(cpu)
+    return max(1, min(cores, math.ceil(quota)) if quota else cores)
 
 
 def _cgroup_quota(root: Path) -> float | None:

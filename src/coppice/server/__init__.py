@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import json
 import logging
 import sys
@@ -49,6 +50,7 @@ def run(
     from coppice.server.engine_client import AsyncEngine
     from coppice.server.keys import KeyRing
 
+    gc.disable()  # a start makes much and drops little; the lifecycle switches it on again
     tune_allocator(mmap_threshold=MMAP_THRESHOLD)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     command = engine_command or (

@@ -125,8 +125,8 @@ class Server:
             return False
         stopping.cancel()
         loading.result()
-        gc.collect()
         gc.freeze()  # what start-up made stays: no collection needs to look at it again
+        gc.enable()
         give_back()
         self._say_ready(listener)
         return True
@@ -150,7 +150,8 @@ class Server:
         assert facts is not None
         print(
             f"coppice serves {self.services.model_name} at http://{shown}:{port}"
-            f" ({facts.kernels}, {facts.num_pages} KV pages of {facts.page_size} tokens)",
+            f" ({facts.weight_format} weights, {facts.kernels}, {facts.num_pages} {facts.kv_format}"
+            f" KV pages of {facts.page_size} tokens, speculation {self._engine_config.speculate})",
             flush=True,
         )
 
@@ -160,6 +161,7 @@ class Server:
         second = asyncio.ensure_future(self._signals.get())
         services.phase = "announced"
         if first == signal.SIGTERM:
+            log.info("stopping: refusing work in %g s", config.drain_announce_s)
             await asyncio.wait({second}, timeout=config.drain_announce_s)
         services.phase = "closed"
         log.info("draining: %d calls run", len(services.calls))

@@ -133,7 +133,7 @@ class Setting:
             raise self._refuse(self.type_name, value, source)
         if self.choices and value not in self.choices:
             hint = nearest(str(value), self.choices)
-            raise self._refuse(f"one of {', '.join(self.choices)}{hint}", value, source)
+            raise self._refuse(f"one of {', '.join(self.choices)}", value, source, hint or ".")
         if isinstance(value, float) and not math.isfinite(value):
             raise self._refuse("a finite number", value, source)
         if isinstance(value, int | float):
@@ -143,10 +143,10 @@ class Setting:
                 raise self._refuse(f"at most {self.maximum:g}", value, source)
         return value
 
-    def _refuse(self, expected: str, value: object, source: str) -> ConfigError:
+    def _refuse(self, expected: str, value: object, source: str, end: str = ".") -> ConfigError:
         got = "the given value" if self.secret else repr(value)
         return ConfigError(
-            f"{self.name} must be {expected}, got {got} from {source}.", param=self.name
+            f"{self.name} must be {expected}, got {got} from {source}{end}", param=self.name
         )
 
 
