@@ -90,7 +90,7 @@ def test_text_is_read_by_kind(name: str, text: str, value: object) -> None:
         ({"depth_m": "-1"}, "depth_m must be at least 0"),
         (
             {"mood": "wlid"},
-            "must be one of calm, wild, got 'wlid' from Python; did you mean 'wild'?",
+            "must be one of calm, wild, got 'wlid' from --mood; did you mean 'wild'?",
         ),
         ({"frozen": "maybe"}, "frozen must be true or false"),
         ({"ducks": [1]}, "ducks must be a list of text"),
