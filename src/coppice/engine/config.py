@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from coppice.errors import ConfigError
-from coppice.scheduling.policy import OrderName, PolicyName, read_weights
+from coppice.scheduling.policy import FAIR, OrderName, PolicyName, read_weights
 from coppice.settings import RoomConfig, cache_root, setting
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -167,8 +167,9 @@ class EngineConfig(RoomConfig):
     policy: PolicyName = setting(
         "fcfs",
         "Whose turn it is among tenants: 'fcfs' by order alone, 'fair' the one that has had "
-        "least service, 'fair-predicted' the same with answers charged ahead, 'rpm' a limit a "
-        "minute, 'round-robin' in rounds.",
+        "least service, 'fair-predicted' the same with answers charged ahead, 'isolated' the same "
+        "with steps kept free of tenants beyond their share, 'rpm' a limit a minute, "
+        "'round-robin' in rounds.",
     )
     order: OrderName = setting(
         "arrival",
@@ -217,7 +218,7 @@ class EngineConfig(RoomConfig):
                 f"step has a row for every answer and one for a prompt; got {self.max_rows}.",
                 param="max_rows",
             )
-        if read_weights(self.tenant_weights) and not self.policy.startswith("fair"):
+        if read_weights(self.tenant_weights) and self.policy not in FAIR:
             raise ConfigError(
                 f"Policy {self.policy!r} knows no weights; set policy to fair or drop "
                 "tenant_weights.",

@@ -435,7 +435,7 @@ class Engine:
         sequence.sampler.accept(token)
         if logprob is not None:
             sequence.logprobs.append(logprob)
-        self.policy.flows.charge(sequence, "generated", 1, 0.0)
+        self.policy.flows.charge(sequence, "generated", 1, self.clock())
         if not sequence.first_token_s:
             sequence.first_token_s = self.clock()
             self._totals["prompt_tokens"] += len(sequence.request.prompt)
@@ -459,7 +459,7 @@ class Engine:
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
-        self.policy.flows.charge(sequence, "ended", 0, 0.0)
+        self.policy.flows.charge(sequence, "ended", 0, self.clock())
         if self._speculator is not None and sequence.speculate != "off":
             self._speculator.learn(sequence, len(sequence.request.prompt))
         if sequence.slot >= 0:

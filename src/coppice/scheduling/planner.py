@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 from coppice.scheduling.budget import rows_in_time
 from coppice.scheduling.interfaces import (
@@ -15,6 +16,7 @@ from coppice.scheduling.interfaces import (
     Snapshot,
     Turns,
 )
+from coppice.scheduling.isolation import RESERVE, IsolatedCounters
 
 PREFILL_SHARE = 0.1
 """Part of a step's rows decodes cannot take, so that neither side starves the other."""
@@ -54,7 +56,10 @@ class StepPlanner:
         rows = snapshot.max_rows
         if self._cost is not None:
             rows = rows_in_time(snapshot, self._cost, PREFILL_SHARE)
-        grants = _share_rows(snapshot, rows)
+        flows = snapshot.waiting.flows
+        guard = flows if isinstance(flows, IsolatedCounters) else None
+        over = set() if guard is None else guard.over({s.tenant for s in snapshot.running})
+        grants = _share_rows(snapshot, rows, over)
         if not snapshot.waiting and _most_new_pages(grants, snapshot) <= snapshot.num_available:
             return Plan(grants=grants)
         available, preempted = _make_room(grants, snapshot)
@@ -62,8 +67,11 @@ class StepPlanner:
             return Plan(preempt=preempted, grants=grants, why="no pages")
         if not snapshot.waiting:
             return Plan(grants=grants)
-        turns = snapshot.waiting.flows.turns(snapshot.waiting, snapshot.now)
-        hall = _Hall(snapshot, grants, rows, available, self._max_overtaken)
+        turns = flows.turns(snapshot.waiting, snapshot.now)
+        places = snapshot.max_sequences - len(snapshot.running)
+        if guard is not None:
+            places = _places(turns, guard, snapshot)
+        hall = _Hall(snapshot, grants, Left(rows, places, available), self._max_overtaken)
         self._seat_urgent(hall, turns)
         hall.seat_by_turns(turns)
         return hall.plan()
@@ -91,20 +99,28 @@ class _Seated:
     passed: list[SequenceView] | None = None
 
 
+class Left(NamedTuple):
+    """What a step has for newcomers, and (``rows``) for all."""
+
+    rows: int
+    places: int
+    pages: int
+
+
 class _Hall:
     """Admission in one plan: rows, slots and pages that are left."""
 
     def __init__(
-        self, snapshot: Snapshot, grants: list[Grant], rows: int, available: int, overtaken: int
+        self, snapshot: Snapshot, grants: list[Grant], left: Left, max_overtaken: int
     ) -> None:
         self.snapshot = snapshot
         self._grants = grants
-        self._rows = rows - sum(grant.num_rows for grant in grants)
-        self._slots = snapshot.max_sequences - len(snapshot.running)
-        self._available = available
+        self._rows = left.rows - sum(grant.num_rows for grant in grants)
+        self._slots = left.places
+        self._available = left.pages
         # A page each for the decodes beside it, so as not to evict at once.
         self._headroom = len(grants)
-        self._max_overtaken = overtaken
+        self._max_overtaken = max_overtaken
         self._admitted: list[SequenceView] = []
         self._ids: set[int] = set()
         self._overtaken: Counter[int] = Counter()
@@ -185,11 +201,29 @@ class _Hall:
             self._passed[sequence.arrival] = sequence
 
 
-def _share_rows(snapshot: Snapshot, max_rows: int) -> list[Grant]:
-    """Rows for running work: decodes, then prompt chunks."""
+def _places(turns: Turns, guard: IsolatedCounters, snapshot: Snapshot) -> int:
+    """Places that may be taken; tenants beyond their share get none beside others' work."""
+    free = snapshot.max_sequences - len(snapshot.running)
+    if not guard.has_others:
+        return free
+    greedy = {tenant for tenant in snapshot.waiting.tenants if guard.is_over(tenant)}
+    taken = sum(guard.is_over(sequence.tenant) for sequence in snapshot.running)
+    others = len(greedy) < len(snapshot.waiting.tenants) or taken < len(snapshot.running)
+    left = max(1, int((1 - RESERVE) * snapshot.max_sequences)) - taken
+    if others or left <= 0:
+        for tenant in greedy:
+            turns.done(tenant)
+        return free
+    return min(free, left)
+
+
+def _share_rows(snapshot: Snapshot, max_rows: int, over: set[str]) -> list[Grant]:
+    """Rows for running work: decodes, then prompt chunks; none for tenants ``over`` a share."""
     grants: list[Grant] = []
     behind: list[SequenceView] = []
     for sequence in snapshot.running:
+        if over and sequence.tenant in over:
+            continue
         missing = sequence.num_tokens - sequence.num_computed
         if missing == 1:
             grants.append(Grant(sequence, 1))

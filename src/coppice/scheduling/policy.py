@@ -16,9 +16,13 @@ from coppice.scheduling.flows import (
     check_weight,
 )
 from coppice.scheduling.interfaces import FlowOrder, RequestOrder
+from coppice.scheduling.isolation import IsolatedCounters
 from coppice.scheduling.orders import ByAgedPriority, ByArrival, ByDeadline, ShortestPrompt
 
-PolicyName = Literal["fcfs", "fair", "fair-predicted", "rpm", "round-robin"]
+FAIR = ("fair", "fair-predicted", "isolated")
+"""Policies that know weights."""
+
+PolicyName = Literal["fcfs", "fair", "fair-predicted", "isolated", "rpm", "round-robin"]
 OrderName = Literal["arrival", "aged", "shortest", "deadline"]
 
 
@@ -65,6 +69,8 @@ def make_policy(
         flows = FairCounters(shares, jump_credit=credit)
     elif name == "fair-predicted":
         flows = FairCounters(shares, jump_credit=credit, lengths=MeanLength())
+    elif name == "isolated":
+        flows = IsolatedCounters(FairCounters(shares, jump_credit=credit))
     elif name == "rpm":
         flows = RequestsPerMinute(limit)
     elif name == "round-robin":

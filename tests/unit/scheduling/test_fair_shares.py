@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from coppice.scheduling.flows import (
     a10g_cost,
 )
 from coppice.scheduling.interfaces import FlowOrder
+from coppice.scheduling.isolation import IsolatedCounters
 from coppice.scheduling.policy import make_policy, read_weights
 from coppice.scheduling.virtual import Sizes, VirtualEngine, VirtualSequence, play
 
@@ -201,6 +203,41 @@ def test_a_limit_a_minute_is_kept_and_wastes_the_machine() -> None:
     plain = Watch(InOrder())
     plain.run(merged(poisson("a", 4.0, 170, random.Random(7))), until_s=170)
     assert watch.tokens < 0.5 * plain.tokens
+
+
+def latency_of_the_polite(greed: float, flows: FlowOrder) -> float:
+    """Mean latency of nine tenants beside one that asks ``greed`` times as much."""
+    rates = [(f"t{i}", 1.5) for i in range(9)] + ([("greedy", 1.5 * greed)] if greed else [])
+    loads = [poisson(t, rate, 30, random.Random(i)) for i, (t, rate) in enumerate(rates)]
+    for s in (s for load in loads for s in load):
+        s.num_prompt = s.num_tokens = 10 + s.num_prompt // 3
+        s.num_answer = 10 + s.num_answer // 3
+    load = merged(*loads)
+    engine = VirtualEngine(
+        lambda rows, keys, sequences: 0.0005 + 0.00015 * rows,
+        replace(SIZES, max_sequences=16, prefill_chunk=64),
+        Policy(flows),
+    )
+    play(engine, load)
+    polite = [s for s in load if s.tenant != "greedy"]
+    return sum(s.ended_s - s.submitted_s for s in polite) / len(polite)
+
+
+def test_isolated_tenants_hardly_feel_a_greedy_one() -> None:
+    solo = latency_of_the_polite(0, FairCounters())
+    assert latency_of_the_polite(10, IsolatedCounters(FairCounters())) < 1.15 * solo
+    assert latency_of_the_polite(10, FairCounters()) > 2 * solo
+
+
+def test_alone_nobody_is_beyond_a_share() -> None:
+    flows = IsolatedCounters(FairCounters())
+    s = request("a", 0.0, 100, 1)
+    flows.charge(s, "admitted", 100, 1.0)
+    assert flows.over({"a"}) == set()
+    s.tenant = "b"
+    flows.charge(s, "admitted", 1, 0.5)  # a clock that went back is no harm
+    assert flows.over({"a", "b"}) == {"a"}
+    assert flows.over({"a"}) == set(), "somebody must get rows"
 
 
 def test_prediction_is_settled_when_an_answer_ends() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from coppice.scheduling import FlowQueues, Plan, Policy, Snapshot, StepPlanner, make_policy
 from coppice.scheduling.flows import InOrder
+from coppice.scheduling.isolation import IsolatedCounters
 from coppice.scheduling.planner import MAX_OVERTAKEN, pages_for
 from coppice.scheduling.policy import OrderName, PolicyName
 from coppice.scheduling.virtual import Sizes, VirtualEngine, VirtualSequence
@@ -20,6 +21,7 @@ POLICIES: list[tuple[PolicyName, OrderName]] = [
     ("fair", "arrival"),
     ("fair", "deadline"),
     ("fair-predicted", "shortest"),
+    ("isolated", "arrival"),
     ("rpm", "arrival"),
     ("round-robin", "aged"),
 ]
@@ -121,9 +123,15 @@ class CheckedPlanner:
 
     def _check_gaps(self, snapshot: Snapshot, plan: Plan, served: set[int]) -> None:
         """A decode that keeps its pages waits for no more than one step."""
+        flows = snapshot.waiting.flows
+        over = set()
+        if isinstance(flows, IsolatedCounters):
+            over = flows.over({s.tenant for s in snapshot.running})
         gaps = {}
         for s in snapshot.running:
-            if s.num_tokens - s.num_computed == 1 and id(s) not in served:
+            if s.tenant in over:
+                assert id(s) not in served or s in plan.preempt
+            elif s.num_tokens - s.num_computed == 1 and id(s) not in served:
                 gaps[s.arrival] = self.gaps.get(s.arrival, 0) + 1
         self.gaps = gaps
         self.widest_gap = max(self.widest_gap, *gaps.values(), 0)
