@@ -17,6 +17,7 @@ from coppice.cli.doctor import doctor
 from coppice.cli.quantize import quantize
 from coppice.cli.run import run as run_prompt
 from coppice.cli.serve import serve
+from coppice.cli.simulate import simulate
 from coppice.errors import CoppiceError
 
 INTERRUPTED = 130
@@ -58,6 +59,7 @@ app.command()(chat)
 app.command("run")(run_prompt)
 app.add_typer(bench, name="bench")
 app.command()(quantize)
+app.command()(simulate)
 app.command()(doctor)
 
 

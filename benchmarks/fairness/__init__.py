@@ -1,0 +1,1 @@
+"""Shares of tenants: the VTC trace and a greedy tenant."""
