@@ -1,0 +1,1 @@
+"""Wishes for time per token, met and missed."""
