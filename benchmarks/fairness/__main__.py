@@ -1,10 +1,11 @@
-"""``python -m benchmarks.fairness [--part trace|simulated|greedy] [--quick]``: fair shares, live, simulated, and beside llama.cpp.
+"""``python -m benchmarks.fairness``: fair shares, live, simulated, and beside llama.cpp.
 
-The trace is the authors' public one (22 clients), its first 200 s played ten times as
-fast into the bundled model, which overloads it as the paper's A10G was; windows are scaled
-alike (60 s become 6 s). Live runs of the policies alternate, each figure is the median over the
-rounds. The greedy tenant asks ten times what each of nine polite ones does; "solo" is the nine
-without it.
+Options: ``--part trace|simulated|greedy`` runs one part, ``--quick`` one round.
+
+The trace is the authors' public one (22 clients), its first 200 s played ten times as fast into
+the bundled model, which overloads it as the paper's A10G was; windows are scaled alike (60 s
+become 6 s). Live runs of the policies alternate, each figure is the median over the rounds. The
+greedy tenant asks ten times what each of nine polite ones does; "solo" is the nine without it.
 """
 
 from __future__ import annotations
