@@ -71,6 +71,23 @@ def test_a_repeated_prompt_is_read_from_the_cache(bundled: ServerProcess) -> Non
     assert salted.usage.prompt_tokens_details.cached_tokens == 0
 
 
+def test_usage_by_tenant_is_in_the_metrics(bundled: ServerProcess) -> None:
+    def generated() -> float:
+        with bundled.http() as http:
+            lines = http.get("/metrics").text.splitlines()
+        start = 'coppice_tenant_tokens_total{key="anonymous",kind="generated",tenant="default"}'
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(start))
+
+    complete(bundled, extra_body={"ignore_eos": True})
+    bundled.wait_idle()
+    before = generated()
+    complete(bundled, extra_body={"ignore_eos": True, "ttft_s": 5.0, "tpot_s": 0.5})
+    deadline = time.monotonic() + 5
+    while generated() < before + 24 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert generated() == before + 24
+
+
 def test_schema_is_obeyed(bundled: ServerProcess) -> None:
     reply = bundled.client().chat.completions.create(
         model="bundled",

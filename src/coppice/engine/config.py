@@ -197,6 +197,11 @@ class EngineConfig(RoomConfig):
         "Folder for what is worked out once for a model on a machine; none means "
         "coppice in the user's cache folder.",
     )
+    usage_file: str | None = setting(
+        None,
+        "File that gets the usage of every tenant and key as JSON lines, each minute and at the "
+        "end; totals since the start.",
+    )
     stats_interval_s: float = setting(
         0.25,
         "Seconds between two reports of live figures from the engine.",

@@ -35,6 +35,7 @@ from coppice.engine.messages import (
     StepStats,
     TokenLogprob,
 )
+from coppice.engine.metering import Meter
 from coppice.engine.pages import SequencePages
 from coppice.engine.request import Grammar, Request
 from coppice.engine.sampler import SamplerState
@@ -122,6 +123,7 @@ class Engine:
         self._totals: Counter[str] = Counter()
         self._seconds = {"model": 0.0, "draft": 0.0, "other": 0.0}
         self.outcomes: Counter[str] = Counter()
+        self.meter = Meter()
 
     # -- what the outside calls ------------------------------------------------------------
 
@@ -204,6 +206,7 @@ class Engine:
         if plan.admit:  # a newcomer may have found no pages after all
             grants = [g for g in grants if g.sequence.num_pages]
         drafting = self.clock()
+        self.meter.hold(self._running)
         trees = self._speculate(grants)
         drafting = self.clock() - drafting
         result = self._runner.run(grants, trees, partial(self._accept, outputs))
@@ -211,6 +214,7 @@ class Engine:
         took = self.clock() - began
         if result.num_rows:
             self.cost.observe(result.num_rows, took - drafting)
+        self.meter.step(result.ran, took, self.cost)
         self._totals["steps"] += 1
         self._totals["rows"] += result.num_rows
         self._totals["generated_tokens"] += result.num_chosen
@@ -243,6 +247,7 @@ class Engine:
             other_s=self._seconds["other"],
             prefill_rate_tok_s=1.0 / per_row if per_row else 0.0,
             outcomes=dict(self.outcomes),
+            usage=self.meter.usage,
         )
 
     @property
@@ -436,6 +441,7 @@ class Engine:
         if logprob is not None:
             sequence.logprobs.append(logprob)
         self.policy.flows.charge(sequence, "generated", 1, self.clock())
+        self.meter.accepted(sequence, first=not sequence.first_token_s)
         if not sequence.first_token_s:
             sequence.first_token_s = self.clock()
             self._totals["prompt_tokens"] += len(sequence.request.prompt)
@@ -460,6 +466,7 @@ class Engine:
             return
         sequence.finish_reason = reason
         self.policy.flows.charge(sequence, "ended", 0, self.clock())
+        self.meter.ended(sequence)
         if self._speculator is not None and sequence.speculate != "off":
             self._speculator.learn(sequence, len(sequence.request.prompt))
         if sequence.slot >= 0:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from coppice.engine.engine import Engine
 from coppice.engine.faults import describe
@@ -22,6 +23,7 @@ from coppice.engine.messages import (
 )
 from coppice.errors import CoppiceError, RowFaultError
 
+USAGE_EVERY_S = 60.0
 IDLE_STATS_S = 1.0
 """How often an idle engine says that it lives."""
 
@@ -40,7 +42,7 @@ class EngineLoop:
         self._send = send
         self._stopping = False
         self._last_stats = 0.0
-        self._last_beat = time.monotonic()
+        self._last_beat = self._last_usage = time.monotonic()
 
     def run(self) -> None:
         """Take messages and step until `Shutdown`."""
@@ -54,6 +56,19 @@ class EngineLoop:
             self._add_stats(messages)
             if messages:
                 self._send(messages)
+            if self._last_beat - self._last_usage >= USAGE_EVERY_S:
+                self._write_usage()
+        self._write_usage()
+
+    def _write_usage(self) -> None:
+        """Append the totals to ``usage_file``; a full disk stops nobody's answer."""
+        self._last_usage = time.monotonic()
+        path = self._engine.config.usage_file
+        if path is not None:
+            try:
+                self._engine.meter.write_lines(Path(path))
+            except OSError as error:
+                print(f"usage was not written to {path}: {error}", file=sys.stderr)
 
     @property
     def beat_age_s(self) -> float:

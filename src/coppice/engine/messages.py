@@ -128,6 +128,34 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     facts: ModelFacts
 
 
+class Usage(msgspec.Struct, kw_only=True):
+    """Totals of one tenant and key since the engine started.
+
+    Attributes:
+        prompt_tokens: of prompts, at the first token; ``cached_tokens`` of them were kept ones.
+        computed_tokens: rows computed, recomputed ones included.
+        recomputed_tokens: rows computed again after a preemption or a pause.
+        generated_tokens: accepted answer tokens; ``drafted_tokens`` were verified for them and
+            ``accepted_tokens`` of these were right.
+        page_s: KV pages held times seconds.
+        step_s: its part of the time of the steps.
+        sequences: ended ones.
+    """
+
+    tenant: str
+    key: str
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    recomputed_tokens: int = 0
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    page_s: float = 0.0
+    step_s: float = 0.0
+    sequences: int = 0
+
+
 class StepStats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Gauges and running totals, sent a few times a second while there is work."""
 
@@ -150,6 +178,7 @@ class StepStats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     other_s: float
     prefill_rate_tok_s: float
     outcomes: dict[str, int]
+    usage: list[Usage] = []
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):

@@ -33,6 +33,7 @@ class Sequence:
         sent: tokens already reported to the front end.
         rank: place in its tenant's queue, for good.
         overtaken: admissions of later ones because this one did not fit.
+        reached: most tokens it ever had KV of; computing those again is recomputation.
         drafted: tokens guessed ahead in all its steps, and ``accepted`` of them.
     """
 
@@ -61,6 +62,7 @@ class Sequence:
     error: tuple[str, str] | None = None
     rank: tuple[float, ...] = ()
     overtaken: int = 0
+    reached: int = 0
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
 

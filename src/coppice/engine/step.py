@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -70,6 +70,21 @@ class Walk:
         return True
 
 
+class Ran(NamedTuple):
+    """A sequence that had rows in a step.
+
+    Attributes:
+        end: tokens whose KV it had after it.
+        rows: to get there.
+        guesses: rows of its tree.
+    """
+
+    sequence: Sequence
+    end: int
+    rows: int
+    guesses: int
+
+
 @dataclass(slots=True)
 class StepResult:
     """What a step did, and how long the model took."""
@@ -77,6 +92,7 @@ class StepResult:
     num_rows: int = 0
     num_chosen: int = 0
     walks: list[Walk] = field(default_factory=list)
+    ran: list[Ran] = field(default_factory=list)
     model_s: float = 0.0
 
 
@@ -133,6 +149,7 @@ class StepRunner:
                 if tree is not None:
                     sequence.drafted += len(tree)
             ran.append((sequence, end))
+            result.ran.append(Ran(sequence, end, num_rows, 0 if tree is None else len(tree)))
             result.num_rows += num_rows + (0 if tree is None else len(tree))
         if not ran:
             return result

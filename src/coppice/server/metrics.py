@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from coppice.server.services import Services
 
 LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+KINDS = ("prompt", "cached", "computed", "recomputed", "generated", "drafted", "accepted")
+"""Token counts of `Usage`."""
 TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2.5)
 
 
@@ -165,6 +167,7 @@ class _Figures(Collector):
             yield self._gauge("kv_pages_cached", "KV pages kept for reuse.", stats.pages_cached)
             yield self._gauge("kv_pages", "KV pages there are.", stats.num_pages)
             yield self._gauge("waiting_tokens", "Prompt tokens waiting.", stats.waiting_tokens)
+            yield from self._usage(stats)
             yield self._total("engine_steps", "Steps.", stats.steps)
             yield self._total("engine_rows", "Rows of all steps.", stats.rows)
             yield self._total("engine_model_seconds", "Time in the model.", stats.model_s)
@@ -172,6 +175,26 @@ class _Figures(Collector):
             yield self._gauge(
                 "prefill_rate_tokens_per_second", "Measured prefill.", stats.prefill_rate_tok_s
             )
+
+    def _usage(self, stats: StepStats) -> Iterator[Metric]:
+        """What every tenant and key used."""
+        labels = ["tenant", "key"]
+        tokens = CounterMetricFamily(
+            "coppice_tenant_tokens", "Tokens by kind.", labels=[*labels, "kind"]
+        )
+        pages = CounterMetricFamily(
+            "coppice_tenant_page_seconds", "KV pages held times seconds.", labels=labels
+        )
+        steps = CounterMetricFamily(
+            "coppice_tenant_step_seconds", "Part of the time of steps.", labels=labels
+        )
+        for used in stats.usage:
+            owner = [used.tenant, used.key]
+            for kind in KINDS:
+                tokens.add_metric([*owner, kind], getattr(used, f"{kind}_tokens"))
+            pages.add_metric(owner, used.page_s)
+            steps.add_metric(owner, used.step_s)
+        yield from (tokens, pages, steps)
 
     def _refusals(self, name: str) -> Metric:
         family = CounterMetricFamily(

@@ -1,0 +1,106 @@
+"""Usage by tenant and key: exact counts, shares of step time that add up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from coppice.engine.config import EngineConfig
+from coppice.engine.engine import Engine
+from coppice.engine.loading import EngineModel, load_engine_model
+from coppice.engine.loop import EngineLoop
+from coppice.engine.messages import Shutdown
+from coppice.engine.request import Request, SamplingParams
+from coppice.scheduling import StepPlanner
+from tests.kits.invariance import RandomPreemption
+from tests.kits.models import DRAFT
+
+CONFIG = EngineConfig(model=DRAFT, page_size=16, prefill_chunk=32)
+
+
+@pytest.fixture(scope="module")
+def model() -> EngineModel:
+    return load_engine_model(CONFIG)
+
+
+def request(i: int, prompt: int = 50, answer: int = 20) -> Request:
+    params = SamplingParams(max_tokens=answer, ignore_eos=True, seed=i, temperature=0.0)
+    tokens = [1 + (7 * i + j) % 200 for j in range(prompt)]
+    return Request(id=f"r{i}", prompt=tokens, sampling=params, tenant=f"t{i % 3}", key=f"k{i % 2}")
+
+
+def finish(engine: Engine, count: int) -> None:
+    for i in range(count):
+        engine.submit(request(i))
+    while engine.has_work:
+        engine.step()
+
+
+@pytest.mark.parametrize("preempted", [False, True])
+def test_counts_are_exact_and_seconds_add_up(model: EngineModel, preempted: bool) -> None:
+    planner = RandomPreemption(StepPlanner(), 3) if preempted else StepPlanner()
+    engine = Engine(model, replace(CONFIG, prefix_cache=False), planner=planner)
+    finish(engine, 12)
+    usage = engine.meter.usage
+    assert [(u.tenant, u.key) for u in usage] == sorted(
+        (f"t{i % 3}", f"k{i % 2}") for i in range(6)
+    )
+    for used in usage:
+        assert (used.sequences, used.prompt_tokens, used.generated_tokens) == (2, 100, 40)
+        # All but the last token of an answer are computed once; the rest is recomputation.
+        assert used.computed_tokens - used.recomputed_tokens == 2 * (50 + 20 - 1)
+        assert used.cached_tokens == used.drafted_tokens == 0
+        assert used.page_s > 0
+    assert (sum(u.recomputed_tokens for u in usage) > 0) == preempted
+    stats = engine.stats()
+    assert sum(u.computed_tokens for u in usage) == stats.rows
+    busy = stats.model_s + stats.other_s
+    assert sum(u.step_s for u in usage) == pytest.approx(busy, rel=0.01)
+
+
+def test_equal_work_costs_equal_shares(model: EngineModel) -> None:
+    engine = Engine(model, replace(CONFIG, prefix_cache=False))
+    finish(engine, 60)
+    by_tenant = [
+        sum(u.step_s for u in engine.meter.usage if u.tenant == t) for t in ("t0", "t1", "t2")
+    ]
+    assert max(by_tenant) / min(by_tenant) < 1.1
+
+
+def test_cached_and_guessed_tokens_are_told(model: EngineModel) -> None:
+    engine = Engine(model, replace(CONFIG, speculate="lookup"))
+    for i in range(2):
+        engine.submit(
+            Request(id=f"x{i}", prompt=[5, 6, 7, 8] * 16, sampling=request(0, 4, 40).sampling)
+        )
+        while engine.has_work:
+            engine.step()
+    (used,) = engine.meter.usage
+    assert used.cached_tokens > 0
+    assert used.drafted_tokens == engine.speculated["drafted"]
+    assert used.accepted_tokens == engine.speculated["accepted"]
+
+
+def test_usage_is_appended_as_json_lines(model: EngineModel, tmp_path: Path) -> None:
+    path = tmp_path / "usage.jsonl"
+    engine = Engine(model, replace(CONFIG, usage_file=str(path)))
+    finish(engine, 2)
+    loop = EngineLoop(engine, lambda messages: None)
+    loop.inbox.put(Shutdown())
+    loop.run()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["tenant"] for line in lines] == ["t0", "t1"]
+    assert lines[0]["generated_tokens"] == 20
+
+
+def test_a_file_that_cannot_be_written_stops_nobody(
+    model: EngineModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    engine = Engine(model, replace(CONFIG, usage_file=str(tmp_path / "no" / "where")))
+    loop = EngineLoop(engine, lambda messages: None)
+    loop.inbox.put(Shutdown())
+    loop.run()
+    assert "usage was not written" in capfd.readouterr().err
