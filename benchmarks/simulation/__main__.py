@@ -1,0 +1,71 @@
+"""``python -m benchmarks.simulation [--quick]``: the simulator's error on this machine.
+
+Two traces, Azure's conversations (lengths divided by 4) and VTC's clients, each played live and
+on the virtual clock with step times measured just before. Arrivals are paced to keep the engine
+busy without a queue that only grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+
+from benchmarks.live import measured_step_time, replay, sizes_of
+from benchmarks.report import Goal, Report
+from benchmarks.workloads.azure import DATA
+from coppice.engine.config import EngineConfig
+from coppice.engine.engine import Engine
+from coppice.engine.loading import load_engine_model
+from coppice.scheduling.record import Record, simulate, spread
+from coppice.scheduling.traces import as_sequences, read_trace
+
+CONFIG = EngineConfig(kv_cache_mib=64, max_sequences=32)
+TRACES = {
+    "azure conv": ("azure_llm_2023/conv.csv.gz", 4.0, 1.5),
+    "vtc": ("vtc_fairness/arena_clients.csv", 1.0, 5.0),
+}
+"""File, divisor of lengths, pace."""
+
+
+def main() -> int:
+    """Both traces; non-zero when a goal is missed."""
+    parser = argparse.ArgumentParser(prog="benchmarks.simulation", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a fifth of the requests")
+    args = parser.parse_args()
+    report = Report("simulation", ["trace", "run", "tok/s", "TTFT p50 ms", "p95 ms", "seconds"])
+    model = load_engine_model(CONFIG)
+    step_time, _, extra = measured_step_time(model, CONFIG)
+    report.metrics["step_extra_s"] = extra
+    engine = Engine(model, CONFIG)
+    num_pages, context = engine.num_pages, engine.context_length
+    for name, (file, divide, pace) in TRACES.items():
+        arrivals = read_trace(DATA / file)[: 60 if args.quick else 300]
+
+        sequences = partial(as_sequences, arrivals, divide=divide, pace=pace, max_context=context)
+        live = replay(model, CONFIG, sequences())
+        virtual = simulate(sequences(), step_time, sizes_of(num_pages, CONFIG))
+        _compare(report, name, live, virtual)
+    return report.finish()
+
+
+def _compare(report: Report, name: str, live: Record, virtual: Record) -> None:
+    for label, record in (("live", live), ("simulated", virtual)):
+        p50, p95 = spread((a.ttft * 1e3 for a in record.answers), (50, 95))
+        report.rows.append(
+            [name, label, f"{record.tokens_per_s:.0f}", f"{p50:.1f}", f"{p95:.1f}",
+             f"{record.seconds:.1f}"]
+        )  # fmt: skip
+    measures: list[tuple[str, float, Callable[[Record], float]]] = [
+        ("throughput", 0.10, lambda r: r.tokens_per_s),
+        ("p50 TTFT", 0.15, lambda r: spread((a.ttft for a in r.answers), (50,))[0]),
+        ("p95 TTFT", 0.15, lambda r: spread((a.ttft for a in r.answers), (95,))[0]),
+    ]
+    for what, bound, measure in measures:
+        error = abs(measure(virtual) / measure(live) - 1)
+        report.goals.append(Goal.at_most(f"{name}: error of {what}", error, bound))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
