@@ -58,7 +58,7 @@ class LlamaCpp:
         """See `Subject`."""
         more = ["--api-key", key] if key else []
         program, model = str(places.llama_tool("llama-server")), str(places.gguf("bundled", "bf16"))
-        sizes = ["-c", "16384", "-np", "8", "--jinja"]
+        sizes = ["-c", "16384", "-np", "8", "--jinja", "--alias", "bundled"]
         return [program, "-m", model, "--host", "127.0.0.1", "--port", str(port), *sizes, *more]
 
     def absent(self) -> str | None:
