@@ -44,17 +44,13 @@ void linear(const Packed& w, const float* x, int64_t rows, const float* residual
   const Table& t = *chosen.load();
   if (rows == 0) return;
   if (meets_codes(w)) return quantized_linear(w, x, rows, residual, out);
-  LinearArgs a{w, x, residual, out, rows, 0, 0};
+  LinearArgs a{w, x, residual, out, rows, {}};
   const int64_t panels = (w.n + 15) / 16, threads = num_threads();
   const bool few = rows <= t.few_rows && !is_quantized(w);
   const int64_t row_blocks = few ? 1 : (rows + t.row_block - 1) / t.row_block;
-  // About six tasks a thread: fine enough to end together, coarse enough to be cheap.
-  const int64_t target = std::max<int64_t>(1, panels * row_blocks / (6 * threads));
-  const int64_t quantum = few ? 4 : 2, most = few ? 64 : 16;
-  a.panels_per_task = std::min(most, (target + quantum - 1) / quantum * quantum);
-  if (rows * w.n * w.k < 1 << 16) a.panels_per_task = few ? panels : most;
-  a.panel_groups = (panels + a.panels_per_task - 1) / a.panels_per_task;
-  parallel(a.panel_groups * row_blocks, t.linear_bytes,
+  a.shares = Shares::of(panels, threads, few ? panels : 16);
+  if (few && rows * w.n * w.k < 1 << 16) a.shares = Shares::one(panels);
+  parallel(a.shares.tasks() * row_blocks, t.linear_bytes,
            [&](int64_t task, float* scratch) { t.linear(a, task, scratch); });
 }
 

@@ -30,13 +30,36 @@ struct Packed {
   int format;          // a Store
 };
 
+// Panels cut into tasks: large ones first, which read long runs of memory, then small ones, so
+// that threads end together.
+struct Shares {
+  int64_t panels, large, larges, small;
+
+  // `most` panels a task.
+  static Shares of(int64_t panels, int64_t threads, int64_t most) {
+    int64_t large = (panels / (4 * threads) + 3) / 4 * 4;
+    if (large > most) large = most;
+    if (large < 8) return {panels, 4, 0, 4};
+    return {panels, large, panels * 3 / 4 / large, (large / 4 + 3) / 4 * 4};
+  }
+  static Shares one(int64_t panels) { return {panels, panels, 1, panels}; }
+
+  int64_t begin(int64_t task) const {
+    const int64_t panel =
+        task < larges ? task * large : larges * large + (task - larges) * small;
+    return panel < panels ? panel : panels;
+  }
+  int64_t end(int64_t task) const { return begin(task + 1); }
+  int64_t tasks() const { return larges + (panels - larges * large + small - 1) / small; }
+};
+
 struct LinearArgs {
   Packed w;
   const float* x;         // [rows, k]
   const float* residual;  // [rows, n] or null
   float* out;             // [rows, n]
   int64_t rows;
-  int64_t panels_per_task, panel_groups;  // set by the planner
+  Shares shares;  // set by the planner: task = row block * shares.tasks() + share
 };
 
 struct PackArgs {

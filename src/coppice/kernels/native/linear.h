@@ -98,19 +98,19 @@ static void multiply_all(int64_t rows, const float* x, int64_t x_stride, const T
   }
 }
 
-// Few rows: every weight is read once, straight from its packed form.
+// Few rows: every weight is read once, straight from its packed form. Panels side by side are
+// far apart, so that each is followed by the next of its run: memory is read in B long streams.
 template <int R, class T>
 static void few_rows(const LinearArgs& a, int64_t begin, int64_t end) {
   constexpr int B = panels_for(R);
   const T* w = static_cast<const T*>(a.w.data);
-  const int64_t k = a.w.k;
+  const int64_t k = a.w.k, run = (end - begin) / B;
   float tile[R * B * 16];
-  int64_t p = begin;
-  for (; p + B <= end; p += B) {
-    multiply<R, B, T>(a.x, k, w + p * k * 16, k * 16, k, tile, B * 16, false);
-    for (int b = 0; b < B; ++b) finish(a, tile + 16 * b, B * 16, 0, R, p + b);
+  for (int64_t p = begin; p < begin + run; ++p) {
+    multiply<R, B, T>(a.x, k, w + p * k * 16, run * k * 16, k, tile, B * 16, false);
+    for (int b = 0; b < B; ++b) finish(a, tile + 16 * b, B * 16, 0, R, p + b * run);
   }
-  for (; p < end; ++p) {
+  for (int64_t p = begin + B * run; p < end; ++p) {
     multiply_tile<R, 1, T>(a.x, k, w + p * k * 16, k * 16, k, tile, 16, false);
     finish(a, tile, 16, 0, R, p);
   }
@@ -191,15 +191,14 @@ constexpr int64_t LINEAR_FLOATS =
     ROW_BLOCK * X_STRIDE + WIDE * K_BLOCK * 16 + MAX_PANELS * ROW_BLOCK * 16;
 
 static void linear(const LinearArgs& a, int64_t task, float* scratch) {
-  const int64_t panels = (a.w.n + 15) / 16;
-  const int64_t begin = task % a.panel_groups * a.panels_per_task;
-  const int64_t end = min64(panels, begin + a.panels_per_task);
+  const int64_t share = task % a.shares.tasks();
+  const int64_t begin = a.shares.begin(share), end = a.shares.end(share);
   const bool is_bf16 = a.w.format == STORE_BF16;
   if (a.rows <= FEW_ROWS && !is_quantized(a.w)) {
     if (is_bf16) return few_rows_any<bf16>(a, begin, end);
     return few_rows_any<float>(a, begin, end);
   }
-  const int64_t row = task / a.panel_groups * ROW_BLOCK;
+  const int64_t row = task / a.shares.tasks() * ROW_BLOCK;
   const int64_t rows = min64(ROW_BLOCK, a.rows - row);
   if (is_quantized(a.w)) return many_rows<Codes>(a, row, rows, begin, end, scratch);
   if (is_bf16) return many_rows<bf16>(a, row, rows, begin, end, scratch);

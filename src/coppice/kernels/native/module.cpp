@@ -149,6 +149,7 @@ void bind_checksum(nb::module_& m);  // checksum.cpp
 }
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // at exit nothing is destroyed on purpose: threads may still idle
   m.doc() = "Native CPU kernels; see coppice.kernels.native.";
   m.def("available", &coppice::available);
   m.def("isa", &coppice::isa);

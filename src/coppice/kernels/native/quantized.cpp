@@ -51,13 +51,10 @@ CodeRows room_for(const Packed& w, int64_t rows, int64_t code_bytes) {
 void multiply(const QuantizedTable& t, CodesArgs a) {
   const int64_t panels = (a.w.n + 15) / 16;
   a.row_blocks = (a.rows + t.row_block - 1) / t.row_block;
-  // About six tasks a thread: fine enough to end together, coarse enough to be cheap.
-  const int64_t tasks = 6 * num_threads();
-  const int64_t target = std::max<int64_t>(1, panels * a.row_blocks / tasks);
-  a.panels_per_task = std::min<int64_t>(64, (target + 3) / 4 * 4);
-  if (a.rows * a.w.n * a.w.k < 1 << 17) a.panels_per_task = panels;
-  const int64_t panel_tasks = (panels + a.panels_per_task - 1) / a.panels_per_task;
-  parallel(panel_tasks * a.row_blocks, 0, [&](int64_t task, float*) { t.multiply(a, task); });
+  // Several blocks of rows find the panels of a share in cache.
+  a.shares = Shares::of(panels, num_threads(), a.row_blocks > 1 ? 64 : panels);
+  if (a.rows * a.w.n * a.w.k < 1 << 17) a.shares = Shares::one(panels);
+  parallel(a.shares.tasks() * a.row_blocks, 0, [&](int64_t task, float*) { t.multiply(a, task); });
 }
 
 }  // namespace
@@ -70,7 +67,7 @@ void quantized_linear(const Packed& w, const float* x, int64_t rows, const float
     const int64_t now = std::min(MOST_ROWS, rows - row);
     const QuantizeArgs quantize{x + row * w.k, w.k, codes};
     parallel_rows(now, w.k, 0, [&](int64_t r, float*) { t.quantize(quantize, r); });
-    multiply(t, {w, codes, residual ? residual + row * w.n : nullptr, out + row * w.n, now, 0, 0});
+    multiply(t, {w, codes, residual ? residual + row * w.n : nullptr, out + row * w.n, now, 0, {}});
   }
 }
 

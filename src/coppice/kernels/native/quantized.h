@@ -70,11 +70,12 @@ struct Ahead {
   int64_t bytes, every, first;
 };
 
-// Sums of R rows from `row` with B panels from `panel`: out[r][16 b + lane].
+// Sums of R rows from `row` with B panels, every `step`th from `panel`: out[r][16 b + lane].
 template <int R, int B, class Store>
-static void code_tile(const CodesArgs& a, int64_t row, int64_t panel, Ahead ahead, float* out) {
-  const int64_t groups = a.x.groups, panel_stride = panel_bytes(a.w);
-  const int8_t* w = static_cast<const int8_t*>(a.w.data) + panel * panel_stride;
+static void code_tile(const CodesArgs& a, int64_t row, int64_t panel, int64_t step, Ahead ahead,
+                      float* out) {
+  const int64_t groups = a.x.groups, panel_stride = step * panel_bytes(a.w);
+  const int8_t* w = static_cast<const int8_t*>(a.w.data) + panel * panel_bytes(a.w);
   const int8_t* x = a.x.codes + row * a.x.stride;
   const uint16_t* scales =
       a.w.group ? static_cast<const uint16_t*>(a.w.scales) + panel * groups * 16 : nullptr;
@@ -93,7 +94,7 @@ static void code_tile(const CodesArgs& a, int64_t row, int64_t panel, Ahead ahea
     if (zeros) {
 #pragma GCC unroll 4
       for (int b = 0; b < B; ++b) {
-        const I16 zero = load_unsigned(zeros + (b * groups + g) * 16);
+        const I16 zero = load_unsigned(zeros + (b * step * groups + g) * 16);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           const vi total = isplat(-a.x.sum[(row + r) * groups + g]);
@@ -117,7 +118,7 @@ static void code_tile(const CodesArgs& a, int64_t row, int64_t panel, Ahead ahea
     }
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
-      const V16 scale = scales ? load_half(scales + (b * groups + g) * 16) : splat(1.0f);
+      const V16 scale = scales ? load_half(scales + (b * step * groups + g) * 16) : splat(1.0f);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         float* at = out + (r * B + b) * 16;
@@ -130,53 +131,60 @@ static void code_tile(const CodesArgs& a, int64_t row, int64_t panel, Ahead ahea
   if (!scales) {
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
-      const V16 scale = load16(static_cast<const float*>(a.w.scales) + (panel + b) * 16);
+      const V16 scale = load16(static_cast<const float*>(a.w.scales) + (panel + b * step) * 16);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
         store16(out + (r * B + b) * 16, load16(out + (r * B + b) * 16) * scale);
     }
   }
-  for (int b = 0; b < B; ++b) finish(a, out + 16 * b, 16 * B, row, R, panel + b);
+  for (int b = 0; b < B; ++b) finish(a, out + 16 * b, 16 * B, row, R, panel + b * step);
 }
 
 template <int B, class Store, int R = TILE_ROWS>
-static void code_rows(const CodesArgs& a, int64_t rows, int64_t row, int64_t panel, Ahead ahead,
-                      float* out) {
+static void code_rows(const CodesArgs& a, int64_t rows, int64_t row, int64_t panel, int64_t step,
+                      Ahead ahead, float* out) {
   if constexpr (R > 1) {
-    if (rows < R) return code_rows<B, Store, R - 1>(a, rows, row, panel, ahead, out);
+    if (rows < R) return code_rows<B, Store, R - 1>(a, rows, row, panel, step, ahead, out);
   }
-  if constexpr (B <= panels_beside(R)) code_tile<R, B, Store>(a, row, panel, ahead, out);
+  if constexpr (B <= panels_beside(R)) code_tile<R, B, Store>(a, row, panel, step, ahead, out);
 }
 
 // All rows of a block with B panels. Where they take several tiles, the first waits for memory
 // and the others compute: so each fetches its share of the panels that come next.
 template <int B, class Store>
-static void code_block(const CodesArgs& a, int64_t row, int64_t rows, int64_t panel, float* out) {
+static void code_block(const CodesArgs& a, int64_t row, int64_t rows, int64_t panel, int64_t step,
+                       float* out) {
   const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
   for (int64_t t = tiles; t > 0; --t) {
     const int64_t now = (rows + t - 1) / t;
-    const int64_t bytes = tiles > 1 ? B * panel_bytes(a.w) : 2048;
-    code_rows<B, Store>(a, now, row, panel, {bytes, tiles, t - 1}, out);
+    const int64_t bytes = tiles > 1 ? panel_bytes(a.w) : 2048;
+    code_rows<B, Store>(a, now, row, panel, step, {bytes, tiles, t - 1}, out);
     row += now;
     rows -= now;
   }
 }
 
+// Panels from `panel` on in B runs side by side, each a long stream of memory; the first left.
+template <int B, class Store>
+static int64_t code_runs(const CodesArgs& a, int64_t row, int64_t rows, int64_t panel, int64_t end,
+                         float* out) {
+  const int64_t run = (end - panel) / B;
+  for (int64_t i = 0; i < run; ++i) code_block<B, Store>(a, row, rows, panel + i, run, out);
+  return panel + B * run;
+}
+
 template <class Store>
 static void multiply_codes(const CodesArgs& a, int64_t task) {
   float out[TILE_ROWS * 4 * 16];
-  const int64_t panels = (a.w.n + 15) / 16;
-  int64_t panel = task / a.row_blocks * a.panels_per_task;
-  const int64_t end = min64(panels, panel + a.panels_per_task);
+  const int64_t end = a.shares.end(task / a.row_blocks);
+  int64_t panel = a.shares.begin(task / a.row_blocks);
   const int64_t row = task % a.row_blocks * CODE_ROW_BLOCK;
   const int64_t rows = min64(CODE_ROW_BLOCK, a.rows - row);
   const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
   const int beside = panels_beside((int)((rows + tiles - 1) / tiles));
-  if (beside >= 4)
-    for (; panel + 4 <= end; panel += 4) code_block<4, Store>(a, row, rows, panel, out);
-  if (beside >= 2)
-    for (; panel + 2 <= end; panel += 2) code_block<2, Store>(a, row, rows, panel, out);
-  for (; panel < end; ++panel) code_block<1, Store>(a, row, rows, panel, out);
+  if (beside >= 4) panel = code_runs<4, Store>(a, row, rows, panel, end, out);
+  if (beside >= 2) panel = code_runs<2, Store>(a, row, rows, panel, end, out);
+  code_runs<1, Store>(a, row, rows, panel, end, out);
 }
 
 static void multiply(const CodesArgs& a, int64_t task) {

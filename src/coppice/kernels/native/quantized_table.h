@@ -35,7 +35,8 @@ struct CodesArgs {
   const float* residual;  // [rows, n] or null
   float* out;             // [rows, n]
   int64_t rows;
-  int64_t row_blocks, panels_per_task;  // task = panel task * row_blocks + row block
+  int64_t row_blocks;  // task = share * row_blocks + row block
+  Shares shares;
 };
 
 struct QuantizedTable {
