@@ -21,10 +21,11 @@ from coppice.engine.config import EngineConfig
 from coppice.engine.engine import Engine
 from coppice.engine.loading import EngineModel
 from coppice.engine.request import Request, SamplingParams
+from coppice.engine.speculate import make_speculator
 from coppice.scheduling import Plan, Planner, Snapshot, StepPlanner
 from coppice.scheduling.policy import OrderName, PolicyName
 from tests.kits.models import DRAFT
-from tests.kits.proposers import gossiper
+from tests.kits.proposers import FreeRows, gossiper
 
 Outcome = tuple[tuple[int, ...], tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...], str]
 
@@ -159,7 +160,10 @@ def outcomes(
         tenant_limit=10_000,
     )
     requests = [_dressed(request, i) for i, request in enumerate(requests)]
-    speculator = gossiper(answers, seed, model.facts.vocab_size) if gossip else None
+    if gossip:
+        speculator = gossiper(answers, seed, model.facts.vocab_size)
+    else:  # how much is guessed must not depend on how busy the machine is
+        speculator = make_speculator(config, model, FreeRows(), num_pages=1024)
     planner: Planner = StepPlanner()
     if arrangement.preempt:
         planner = RandomPreemption(planner, seed)

@@ -42,6 +42,7 @@ class State:
         fails_after: send an error event after so many pieces.
         heeds_cancel: whether a cancel call ends a stream.
         bodies: the chat bodies received.
+        tree: the token tree of the last step.
     """
 
     def __init__(self) -> None:
@@ -57,6 +58,7 @@ class State:
         self.running: dict[str, dict[str, Any]] = {}
         self.ended: list[dict[str, Any]] = []
         self.generated = 0
+        self.tree: dict[str, Any] | None = None
         self.started = time.monotonic()
 
     def info(self) -> dict[str, Any]:
@@ -75,7 +77,8 @@ class State:
                 "pages_used": min(used, PAGES), "pages_cached": min(len(self.ended), 8),
                 "num_pages": PAGES, "generated_tokens": self.generated, "prompt_tokens": 0,
                 "preemptions": 0, "model_s": 0.95 * self.generated,
-                "other_s": 0.05 * self.generated,
+                "other_s": 0.05 * self.generated, "tree": self.tree,
+                "drafted": 40, "accepted": 10,
             },
             "timeline": {
                 "now_s": time.monotonic(), "requests": [*self.running.values(), *self.ended],

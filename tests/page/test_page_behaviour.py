@@ -230,3 +230,22 @@ def test_every_control_has_a_name(browser: Browser, stand_in: StandIn) -> None:
         and not node.get("name", {}).get("value")
     ]
     assert not nameless
+
+
+def test_the_token_tree_of_a_step_is_drawn_with_its_kept_nodes(
+    browser: Browser, stand_in: StandIn
+) -> None:
+    browser.open(stand_in.url)
+    browser.wait("document.querySelector('#state').dataset.state === 'ok'")
+    assert browser.evaluate("document.querySelector('#token-tree').hidden")
+    stand_in.state.tree = {"source": "suffix", "parents": [-1, 0, 0, -1, 1], "accepted": [0, 1]}
+    browser.wait("!document.querySelector('#token-tree').hidden")
+    assert browser.evaluate("document.querySelectorAll('#tree line').length") == 5
+    assert browser.evaluate("document.querySelectorAll('#tree line.kept').length") == 2
+    assert browser.evaluate("document.querySelectorAll('#tree circle.kept').length") == 3
+    assert browser.text("#tree-note").startswith("suffix: 2 of 5 kept · 25% of all guesses")
+    # Node 1's child stands behind it: the tree is drawn by depth.
+    cx = "Array.from(document.querySelectorAll('#tree circle'), c => Number(c.getAttribute('cx')))"
+    first, second, twin, other, third, root = browser.evaluate(cx)
+    assert root < first == other < second == twin < third
+    assert not browser.complaints()

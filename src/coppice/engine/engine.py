@@ -214,6 +214,8 @@ class Engine:
         took = self.clock() - began
         if result.num_rows:
             self.cost.observe(result.num_rows, took - drafting)
+            if self._speculator is not None:
+                self._speculator.step_took(result.num_rows, len(trees), took - drafting)
         self.meter.step(result.ran, took, self.cost)
         self._totals["steps"] += 1
         self._totals["rows"] += result.num_rows
@@ -241,12 +243,13 @@ class Engine:
             prefix_queried_tokens=self.pages.queried_tokens,
             prefix_hit_tokens=self.pages.hit_tokens,
             preemptions=self._totals["preemptions"],
-            drafted=self.speculated.get("drafted", 0),
-            accepted=self.speculated.get("accepted", 0),
             model_s=self._seconds["model"],
             other_s=self._seconds["other"],
             prefill_rate_tok_s=1.0 / per_row if per_row else 0.0,
             outcomes=dict(self.outcomes),
+            draft_s=self._seconds["draft"],
+            tree=self._runner.shown,
+            **({} if self._speculator is None else self._speculator.figures()),
             usage=self.meter.usage,
         )
 

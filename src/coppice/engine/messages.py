@@ -156,6 +156,20 @@ class Usage(msgspec.Struct, kw_only=True):
     sequences: int = 0
 
 
+class StepTree(msgspec.Struct, frozen=True, kw_only=True):
+    """The token tree one step verified: its shape only, no text, since everybody may see it.
+
+    Attributes:
+        source: who proposed it.
+        parents: number of each node's parent, -1 for the root.
+        accepted: the nodes kept, along one path.
+    """
+
+    source: str
+    parents: list[int]
+    accepted: list[int]
+
+
 class StepStats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Gauges and running totals, sent a few times a second while there is work."""
 
@@ -172,13 +186,24 @@ class StepStats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     prefix_queried_tokens: int
     prefix_hit_tokens: int
     preemptions: int
-    drafted: int
-    accepted: int
     model_s: float
     other_s: float
     prefill_rate_tok_s: float
     outcomes: dict[str, int]
     usage: list[Usage] = []
+    drafts: int = 0
+    """Token trees verified; ``drafted`` counts their nodes, ``accepted`` those kept."""
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at: list[int] = []
+    """Trees whose path was kept at least to this depth, by depth."""
+    draft_s: float = 0.0
+    speculation_faults: int = 0
+    history_bytes: int = 0
+    """Memory of earlier answers and of the requests' own indexes."""
+    history_evicted: int = 0
+    tree: StepTree | None = None
+    """The largest token tree of the last step that had one."""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):

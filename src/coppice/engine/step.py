@@ -22,7 +22,7 @@ from coppice.engine.batch import BatchLayout
 from coppice.engine.decide import decide
 from coppice.engine.faults import describe
 from coppice.engine.loading import Decoder
-from coppice.engine.messages import TokenLogprob
+from coppice.engine.messages import StepTree, TokenLogprob
 from coppice.engine.pages import SequencePages
 from coppice.engine.sampler import FAULTS, sample
 from coppice.engine.sequence import Sequence
@@ -85,6 +85,15 @@ class Ran(NamedTuple):
     guesses: int
 
 
+def largest_tree(walks: Iterable[Walk]) -> StepTree | None:
+    """The largest tree of a step, to be shown; None where nothing was speculated."""
+    found = [(walk.tree, walk.path) for walk in walks if walk.tree is not None]
+    if not found:
+        return None
+    tree, path = max(found, key=lambda each: len(each[0]))
+    return StepTree(source=tree.source, parents=tree.parents, accepted=list(path))
+
+
 @dataclass(slots=True)
 class StepResult:
     """What a step did, and how long the model took."""
@@ -115,6 +124,8 @@ class StepRunner:
         self._layout = layout
         self._page_size = pool.layout.page_size
         self._workspace = Workspace()
+        self.shown: StepTree | None = None
+        """The largest tree of the last step that had one."""
 
     def run(
         self, grants: Iterable[Grant], trees: Mapping[int, DraftTree], accept: Accept
@@ -170,6 +181,7 @@ class StepRunner:
             result.num_chosen = _take(found, result.walks, accept)
         else:
             result.num_chosen = self._choose_all(found, result.walks, accept)
+        self.shown = largest_tree(result.walks) or self.shown
         for walk in result.walks:
             if walk.path and walk.sequence.slot >= 0:
                 self._keep(walk)

@@ -162,7 +162,30 @@ class _Figures(Collector):
         yield self._total(
             "spec_decode_num_accepted_tokens", "Guessed tokens that were right.", stats.accepted
         )
+        yield self._total("spec_decode_num_drafts", "Token trees verified.", stats.drafts)
+        depths = CounterMetricFamily(
+            f"{self._prefix}spec_decode_num_accepted_tokens_per_pos",
+            "Trees kept at least to this depth.",
+            labels=["position"],
+        )
+        for position, kept in enumerate(stats.accepted_at):
+            depths.add_metric([str(position)], kept)
+        yield depths
         if self._prefix == "coppice_":
+            yield self._total(
+                "spec_decode_proposer_faults", "Steps a proposer spoiled.", stats.speculation_faults
+            )
+            yield self._total("spec_decode_draft_seconds", "Time spent drafting.", stats.draft_s)
+            yield self._gauge(
+                "spec_decode_history_bytes",
+                "Memory of earlier answers and of running requests' indexes.",
+                stats.history_bytes,
+            )
+            yield self._total(
+                "spec_decode_history_evictions",
+                "Histories dropped to make room.",
+                stats.history_evicted,
+            )
             yield self._gauge("kv_pages_used", "KV pages in use.", stats.pages_used)
             yield self._gauge("kv_pages_cached", "KV pages kept for reuse.", stats.pages_cached)
             yield self._gauge("kv_pages", "KV pages there are.", stats.num_pages)

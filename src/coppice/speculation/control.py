@@ -10,12 +10,11 @@ seconds. Zero nodes is a point like any other.
 from __future__ import annotations
 
 import heapq
-import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from coppice.speculation.tree import DraftTree
+from coppice.speculation.calibration import Calibration
+from coppice.speculation.tree import ROOT, DraftTree
 
 PRIOR = 4.0
 """Tokens' worth of weight the proposer's average has in a new sequence's estimate."""
@@ -23,6 +22,10 @@ MEMORY = 0.95
 """Weight of the past at each observation: about twenty steps are remembered."""
 RETRY_STEPS = 24
 """Steps after which a sequence that stopped speculating tries one token again."""
+WORTH = 1.02
+"""Expected gain below which a step is not speculated: estimates are no better than that."""
+FAR = 0.85
+"""Share of the best rate at which a search along the greedy order ends."""
 
 
 @dataclass(slots=True)
@@ -36,6 +39,19 @@ class Record:
         """Learn from one verified tree."""
         self.tried = self.tried * MEMORY + tried
         self.accepted = self.accepted * MEMORY + accepted
+
+
+@dataclass(slots=True)
+class _Pace:
+    """Seconds over expected seconds of one kind of step, smoothed."""
+
+    ratio: float = 1.0
+    known: int = 0
+
+    def add(self, ratio: float) -> None:
+        self.known += 1
+        # A stall of the machine is no price of a step.
+        self.ratio += max(0.05, 1.0 / self.known) * (min(ratio, 3.0 * self.ratio) - self.ratio)
 
 
 class Controller:
@@ -53,38 +69,17 @@ class Controller:
         self._records: dict[tuple[str, int], Record] = {}
         self._idle: dict[int, int] = {}
         self._token_s = 0.0
+        self.calibration = Calibration()
+        self._plain, self._trees = _Pace(), _Pace()
 
     def token_s(self) -> float:
         """Seconds a token of the batch costs at present, as far as sizes were asked for."""
         return self._token_s
 
-    def trim(
-        self, trees: Sequence[DraftTree | None], *, rows: int, spare: int
-    ) -> list[DraftTree | None]:
-        """Of trees with chances, the nodes worth a row: none, if none is.
-
-        Nodes enter in order of their chances, which fall along a path; the best point of that
-        order by expected tokens over seconds is kept. What growing took is spent already.
-
-        Args:
-            trees: all of `DraftTree.logf`.
-            rows: rows the step has without them.
-            spare: rows it may have more.
-        """
-        nodes = [(f, i) for i, tree in enumerate(trees) if tree is not None for f in tree.logf]
-        nodes.sort(key=lambda node: -node[0])
-        expected = float(len(trees))
-        best_rate, best = expected / self._step_s(rows), 0
-        for taken, (logf, _) in enumerate(nodes[:spare], start=1):
-            expected += math.exp(logf)
-            rate = expected / self._step_s(rows + taken)
-            if rate > best_rate:
-                best_rate, best = rate, taken
-        counts = Counter(i for _, i in nodes[:best])
-        return [
-            tree.best(counts[i]) if tree is not None and counts[i] else None
-            for i, tree in enumerate(trees)
-        ]
+    @property
+    def max_depth(self) -> int:
+        """Most nodes for one sequence."""
+        return self._max_depth
 
     def chance(self, source: str, arrival: int) -> float:
         """Estimated probability that this proposer's next token for a sequence is accepted."""
@@ -126,6 +121,70 @@ class Controller:
         self._token_s = 1.0 / best_rate
         return self._with_retries(arrivals, best, spare)
 
+    def chances(self, tree: DraftTree, arrival: int) -> list[float]:
+        """Estimated probability that each node's path is accepted."""
+        if tree.logf:
+            return self.calibration.chances(tree, arrival)
+        each = self.chance(tree.source, arrival)
+        return [each**depth for depth in tree.depths()]
+
+    def gain(self, source: str, arrival: int, depth: int) -> float:
+        """Expected tokens of a chain of so many."""
+        each = self.chance(source, arrival)
+        return sum(each**d for d in range(1, depth + 1))
+
+    def select(
+        self, trees: Mapping[int, DraftTree], *, sequences: int, rows: int, spare: int
+    ) -> dict[int, DraftTree]:
+        """What of some trees is worth verifying: the best connected parts, or nothing.
+
+        Args:
+            trees: by sequence; they have cost what they cost.
+            sequences: how many get a token from the step in any case.
+            rows: rows the step has without trees.
+            spare: rows it may have more.
+        """
+        arrivals = list(trees)
+        chances = [self.chances(trees[a], a) for a in arrivals]
+        heap = [
+            (-chances[s][i], s, i)
+            for s, a in enumerate(arrivals)
+            for i, parent in enumerate(trees[a].parents)
+            if parent == ROOT
+        ]
+        heapq.heapify(heap)
+        order: list[tuple[int, int]] = []
+        expected = float(sequences)
+        best_rate, best = WORTH * expected / self._step_s(rows), 0
+        dearer = self._dearer()
+        while heap and len(order) < spare:
+            chance, s, i = heapq.heappop(heap)
+            order.append((s, i))
+            expected -= chance
+            tree = trees[arrivals[s]]
+            for child in range(i + 1, len(tree)):
+                if tree.parents[child] == i:
+                    heapq.heappush(heap, (-chances[s][child], s, child))
+            rate = expected / (self._step_s(rows + len(order)) * dearer)
+            if rate > best_rate:
+                best_rate, best = rate, len(order)
+            elif rate < FAR * best_rate and len(order) > 2 * len(arrivals):
+                break
+        kept: dict[int, list[int]] = {}
+        for s, i in order[:best]:
+            kept.setdefault(arrivals[s], []).append(i)
+        return {arrival: trees[arrival].part(sorted(nodes)) for arrival, nodes in kept.items()}
+
+    def step_took(self, rows: int, trees: int, seconds: float) -> None:
+        """Learn what a step of so many rows with so many trees took."""
+        (self._trees if trees else self._plain).add(seconds / self._step_s(rows))
+
+    def _dearer(self) -> float:
+        """How much more a step with trees takes than its rows alone would let expect."""
+        if not (self._trees.known and self._plain.known):
+            return 1.0
+        return min(2.0, max(0.8, self._trees.ratio / self._plain.ratio))
+
     def observe(self, source: str, arrival: int, drafted: int, accepted: int) -> None:
         """Learn what became of a chain: ``accepted`` of ``drafted``, the next one refused."""
         tried = min(accepted + 1, drafted)
@@ -135,6 +194,7 @@ class Controller:
     def forget(self, arrival: int) -> None:
         """The sequence has ended."""
         self._idle.pop(arrival, None)
+        self.calibration.forget(arrival)
         for source in self._overall:
             self._records.pop((source, arrival), None)
 

@@ -69,6 +69,16 @@ class Proposer(Protocol):
 class Learner(Protocol):
     """A proposer that remembers answers for later requests."""
 
+    @property
+    def size_bytes(self) -> int:
+        """Memory it takes."""
+        ...
+
+    @property
+    def evicted(self) -> int:
+        """Scopes dropped so far to make room for others."""
+        ...
+
     def learn(self, view: DraftView, num_prompt: int) -> None:
         """An answer is complete: what stands after the first ``num_prompt`` tokens."""
         ...

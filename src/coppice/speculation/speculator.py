@@ -6,12 +6,26 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from coppice.speculation.control import Controller
 from coppice.speculation.interfaces import DraftView, Learner, Proposer
 from coppice.speculation.tree import DraftTree
 
 _log = logging.getLogger(__name__)
+
+REST_AFTER, REST_STEPS = 8, 8
+"""Steps without anything worth verifying after which a sequence is looked at in one of so many."""
+
+
+@dataclass(slots=True)
+class _Shown:
+    """A tree grown when a sequence had ``at`` tokens."""
+
+    at: int
+    tree: DraftTree
+    verified: bool
 
 
 class Speculator:
@@ -21,7 +35,8 @@ class Speculator:
     do not notice.
 
     Args:
-        proposers: asked in order; the first that has something for a sequence is taken.
+        proposers: asked in order. Of those that take next to no time the first that has
+            something for a sequence is taken; one that takes time drafts where it promises more.
         controller: how much is worth it.
         vocab_size: the target's.
         max_nodes: of a tree that branches; 0 lets none branch.
@@ -41,7 +56,11 @@ class Speculator:
         self._max_nodes = max_nodes
         self.totals: Counter[str] = Counter()
         """``drafted`` and ``accepted`` tokens, ``faults``; ``drafted_X`` by proposer."""
+        self.accepted_at: list[int] = []
+        """Trees whose path was kept at least to this depth, by depth."""
         self.draft_s = 0.0
+        self._shown: dict[int, _Shown] = {}
+        self._rests: dict[int, int] = {}
 
     def grow(self, views: Sequence[DraftView], *, rows: int, spare: int) -> dict[int, DraftTree]:
         """Trees by sequence number.
@@ -52,34 +71,51 @@ class Speculator:
             spare: rows the trees may take together.
         """
         began = time.perf_counter()
-        trees: dict[int, DraftTree] = {}
-        for proposer in self._proposers:
-            left = [
-                v
-                for v in views
-                if v.arrival not in trees and v.speculate in ("auto", proposer.name)
-            ]
-            if not left or spare <= 0:
-                break
-            for view, tree in zip(left, self._ask(proposer, left, rows, spare), strict=True):
-                if tree is not None and len(tree):
-                    trees[view.arrival] = tree
-                    rows += len(tree)
-                    spare -= len(tree)
+        for view in views:
+            self._learn(view)
+        grown: dict[int, DraftTree] = {}
+        if spare > 0:
+            for proposer in self._proposers:
+                grown |= self._ask(proposer, self._open(proposer, views, grown), rows, spare, grown)
+        # Draws verified as such must all stay: what is chosen by its probability is none.
+        trees = {arrival: tree for arrival, tree in grown.items() if tree.drawn}
+        fixed = sum(map(len, trees.values()))
+        trees |= self._controller.select(
+            {arrival: tree for arrival, tree in grown.items() if not tree.drawn},
+            sequences=len(views),
+            rows=rows + fixed,
+            spare=spare - fixed,
+        )
+        for view in views:
+            arrival = view.arrival
+            self._rests[arrival] = 0 if arrival in trees else self._rests.get(arrival, 0) + 1
+            if arrival in grown and grown[arrival].logf:
+                self._shown[arrival] = _Shown(len(view.tokens), grown[arrival], arrival in trees)
         self.draft_s += time.perf_counter() - began
         return trees
 
     def observe(self, arrival: int, tree: DraftTree, accepted: int) -> None:
         """Learn that the first ``accepted`` levels of a tree were kept."""
+        self.totals["drafts"] += 1
+        if accepted > len(self.accepted_at):
+            self.accepted_at += [0] * (accepted - len(self.accepted_at))
+        for level in range(accepted):
+            self.accepted_at[level] += 1
         self._controller.observe(tree.source, arrival, max(tree.depths()), accepted)
         self.totals["drafted"] += len(tree)
         self.totals["accepted"] += accepted
         self.totals[f"drafted_{tree.source}"] += len(tree)
         self.totals[f"accepted_{tree.source}"] += accepted
 
+    def step_took(self, rows: int, trees: int, seconds: float) -> None:
+        """Learn what a step with so many rows and trees took."""
+        self._controller.step_took(rows, trees, seconds)
+
     def forget(self, arrival: int) -> None:
         """The sequence has ended or lost its pages."""
         self._controller.forget(arrival)
+        self._shown.pop(arrival, None)
+        self._rests.pop(arrival, None)
         for proposer in self._proposers:
             proposer.forget(arrival)
 
@@ -99,29 +135,98 @@ class Speculator:
             if isinstance(proposer, Learner):
                 proposer.close()
 
+    def figures(self) -> dict[str, Any]:
+        """Counts and memory, by the names they have in a report of live figures."""
+        learners = [p for p in self._proposers if isinstance(p, Learner)]
+        return {
+            "drafts": self.totals["drafts"],
+            "drafted": self.totals["drafted"],
+            "accepted": self.totals["accepted"],
+            "accepted_at": list(self.accepted_at),
+            "speculation_faults": self.totals["faults"],
+            "history_bytes": sum(p.size_bytes for p in learners),
+            "history_evicted": sum(p.evicted for p in learners),
+        }
+
     @property
     def names(self) -> list[str]:
         """What a request may ask for by name."""
         return [proposer.name for proposer in self._proposers]
 
-    def _ask(
-        self, proposer: Proposer, views: Sequence[DraftView], rows: int, spare: int
-    ) -> list[DraftTree | None]:
-        limits = self._controller.depths(
-            proposer.name,
-            [v.arrival for v in views],
-            rows=rows,
-            spare=spare,
-            pass_s=proposer.pass_s,
-        )
+    def _learn(self, view: DraftView) -> None:
+        """What followed the tree that was shown last, verified or not."""
+        shown = self._shown.pop(view.arrival, None)
+        if shown is None or shown.at > len(view.tokens):
+            return
+        committed, tree = view.tokens[shown.at :], shown.tree
+        kept = self._controller.calibration.learn(tree, view.arrival, committed)
+        if not shown.verified:  # `observe` will not be called
+            drafted = min(len(committed), max(tree.depths()))
+            self._controller.observe(tree.source, view.arrival, drafted, kept)
+
+    def _open(
+        self, proposer: Proposer, views: Sequence[DraftView], grown: dict[int, DraftTree]
+    ) -> list[DraftView]:
+        """The sequences this proposer may draft for; one that takes time may outbid another."""
+        return [
+            v
+            for v in views
+            if v.speculate in ("auto", proposer.name)
+            and (v.arrival not in grown or proposer.pass_s > 0.0)
+            and (proposer.pass_s > 0.0 or self._is_due(v.arrival))
+        ]
+
+    def _is_due(self, arrival: int) -> bool:
+        """Sequences for which nothing was worth verifying for a while are asked for less often."""
+        rests = self._rests.get(arrival, 0)
+        return rests < REST_AFTER or (rests + arrival) % REST_STEPS == 0
+
+    def _limits(
+        self,
+        proposer: Proposer,
+        views: Sequence[DraftView],
+        rows: int,
+        spare: int,
+        grown: dict[int, DraftTree],
+    ) -> list[int]:
+        """Most nodes for each sequence; none where another's tree promises as much."""
+        control = self._controller
+        if proposer.pass_s == 0.0:
+            most = self._max_nodes if proposer.branches and self._max_nodes else control.max_depth
+            limits = [min(most, spare)] * len(views)
+        else:
+            limits = control.depths(
+                proposer.name,
+                [v.arrival for v in views],
+                rows=rows,
+                spare=spare,
+                pass_s=proposer.pass_s,
+            )
+            for i, view in enumerate(views):
+                rival = grown.get(view.arrival)
+                if rival is not None:
+                    promised = sum(control.chances(rival, view.arrival)[: limits[i]])
+                    if promised >= control.gain(proposer.name, view.arrival, limits[i]):
+                        limits[i] = 0
+            if proposer.branches and self._max_nodes and any(limits):
+                share = min(self._max_nodes, spare // sum(n > 0 for n in limits))
+                limits = [share if n > 0 else 0 for n in limits]
         # The step itself brings one token: a draft of all that may follow would be too long.
-        limits = [min(n, v.room - 1) for n, v in zip(limits, views, strict=True)]
+        return [min(n, v.room - 1) for n, v in zip(limits, views, strict=True)]
+
+    def _ask(
+        self,
+        proposer: Proposer,
+        views: Sequence[DraftView],
+        rows: int,
+        spare: int,
+        grown: dict[int, DraftTree],
+    ) -> dict[int, DraftTree]:
+        if not views:
+            return {}
+        limits = self._limits(proposer, views, rows, spare, grown)
         if max(limits) <= 0:
-            return [None] * len(views)
-        if proposer.branches and self._max_nodes:
-            share = min(self._max_nodes, spare // sum(n > 0 for n in limits))
-            most = [min(share, v.room - 1) for v in views]
-            limits = [m if n > 0 else 0 for n, m in zip(limits, most, strict=True)]
+            return {}
         try:
             trees = proposer.propose(views, limits)
             fine = len(trees) == len(views) and all(
@@ -131,11 +236,9 @@ class Speculator:
         except Exception:  # a plug-in's fault must cost no request
             _log.exception("Proposer %s failed; this step is not speculated.", proposer.name)
             fine = False
-        if fine and proposer.branches and any(t and t.logf and not t.drawn for t in trees):
-            return self._controller.trim(trees, rows=rows, spare=spare)
         if fine:
-            return trees
+            return {v.arrival: t for v, t in zip(views, trees, strict=True) if t}
         self.totals["faults"] += 1
         for view in views:
             proposer.forget(view.arrival)
-        return [None] * len(views)
+        return {}

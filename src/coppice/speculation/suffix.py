@@ -43,7 +43,7 @@ class SuffixProposer:
 
     name = "suffix"
     pass_s = 0.0
-    branches = False
+    branches = True
 
     def __init__(
         self, history: History | None = None, clock: Callable[[], float] = time.monotonic
@@ -58,6 +58,11 @@ class SuffixProposer:
         """Memory of the history and of the requests that run."""
         own = sum(reader.index.size_bytes for reader in self._readers.values())
         return own + (0 if self.history is None else self.history.size_bytes)
+
+    @property
+    def evicted(self) -> int:
+        """See `Learner`."""
+        return 0 if self.history is None else self.history.evicted
 
     def propose(self, views: Sequence[DraftView], limits: Sequence[int]) -> list[DraftTree | None]:
         """See `Proposer`."""

@@ -7,7 +7,7 @@ all: a node whose number equals its depth less one needs no copying when its pat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,23 +87,31 @@ class DraftTree:
     def best(self, num_nodes: int) -> DraftTree:
         """The ``num_nodes`` nodes most likely to be accepted, the likeliest path first.
 
-        Chances fall along a path, so what is left is a tree. Draws of which some are taken
-        away by their probability are draws no longer: `drawn` is dropped.
+        Chances fall along a path, so what is left is a tree.
         """
-        by_chance = sorted(range(len(self)), key=lambda i: (-self.logf[i], i))
-        kept = set(by_chance[:num_nodes])
+        return self.part(sorted(range(len(self)), key=lambda i: (-self.logf[i], i))[:num_nodes])
+
+    def part(self, nodes: Collection[int]) -> DraftTree:
+        """Some nodes, each with its parent among them, the likeliest path first.
+
+        Draws of which some are taken away by their probability are draws no longer: `drawn`
+        is dropped.
+        """
+        kept = sorted(nodes)
+        if self.logf:
+            kept.sort(key=lambda i: -self.logf[i])
         order: list[int] = []
         node = ROOT
-        for i in by_chance:  # children in order of chance, so the first found is the best
-            if self.parents[i] == node and i in kept:
+        for i in kept:  # children in order of chance, so the first found is the best
+            if self.parents[i] == node:
                 order.append(i)
                 node = i
         first = set(order)
-        order += [i for i in range(len(self)) if i in kept and i not in first]
+        order += sorted(i for i in kept if i not in first)
         return self._in_order(order)[0]
 
     def is_sound(self, vocab_size: int) -> bool:
-        """Whether arrays agree, parents come first and every token is in the vocabulary."""
+        """Whether arrays agree, parents come first, tokens are known and chances fall."""
         return (
             len(self.tokens) == len(self.parents)
             and len(self.logf) in (0, len(self.tokens))
@@ -111,6 +119,10 @@ class DraftTree:
             and all(ROOT <= p < i for i, p in enumerate(self.parents))
             and all(ROOT <= node < len(self.tokens) for node in self.drawn)
             and all(self._has_draws(node, d, vocab_size) for node, d in self.drawn.items())
+            and all(
+                f <= (0.0 if p == ROOT else self.logf[p]) + 1e-6  # rounding
+                for f, p in zip(self.logf, self.parents, strict=False)
+            )
         )
 
     def _has_draws(self, node: int, drawn: Drawn, vocab_size: int) -> bool:

@@ -6,14 +6,23 @@ from pathlib import Path
 
 import pytest
 
+from coppice.cost import StepCost
 from coppice.engine.config import EngineConfig
 from coppice.engine.engine import Engine
 from coppice.engine.loading import EngineModel, load_engine_model
 from coppice.engine.request import Request, SamplingParams
 from coppice.errors import RequestError
+from coppice.speculation import Controller
 from tests.kits.models import DRAFT
 
 CONFIG = EngineConfig(model=DRAFT, kv_cache_mib=8, speculate="suffix")
+
+
+@pytest.fixture(autouse=True)
+def rows_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is guessed here must not depend on how busy the machine is."""
+    monkeypatch.setattr(StepCost, "time", lambda self, rows: 1.0)
+    monkeypatch.setattr(Controller, "step_took", lambda *args: None)
 
 
 @pytest.fixture(scope="module")

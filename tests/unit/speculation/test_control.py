@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 
 import pytest
 
-from coppice.speculation import Controller, DraftTree, DraftView, Speculator
-from coppice.speculation.control import RETRY_STEPS
+from coppice.speculation import ROOT, Controller, DraftTree, DraftView, Speculator
+from coppice.speculation.control import RETRY_STEPS, WORTH
 from tests.unit.speculation.test_tree_and_lookup import View
 
 
@@ -113,3 +114,109 @@ def test_a_draft_never_reaches_beyond_the_end() -> None:
     )
     speculator.grow([View([1], room=3), View([1], arrival=2, room=1)], rows=2, spare=50)
     assert sizes == [2, 0]
+
+
+def branchy(rng: random.Random, size: int) -> DraftTree:
+    """A random tree whose estimates fall along its paths."""
+    tree = DraftTree("x")
+    for i in range(size):
+        parent = rng.randrange(-1, i)
+        above = 0.0 if parent < 0 else tree.logf[parent]
+        tree.add(i, parent, above + math.log(rng.uniform(0.05, 0.95)))
+    return tree
+
+
+def test_the_selected_part_is_the_best_of_all() -> None:
+    rng = random.Random(3)
+    for _ in range(40):
+        flat, price = rng.randint(1, 5), rng.uniform(0.05, 0.6)
+
+        def step(rows: int, flat: int = flat, price: float = price) -> float:
+            return 1.0 + price * max(0, rows - flat)
+
+        trees = {1: branchy(rng, 4), 2: branchy(rng, 4)}
+        controller = Controller(step, max_depth=8)
+        kept = controller.select(trees, sequences=2, rows=2, spare=6)
+        nodes = [(a, i) for a in trees for i in range(4)]
+        value = {(a, i): math.exp(trees[a].logf[i]) for a, i in nodes}
+
+        def rate(part: Sequence[tuple[int, int]], step: Callable[[int], float] = step) -> float:
+            return (2.0 + sum(value[n] for n in part)) / step(2 + len(part))  # noqa: B023
+
+        parts = [
+            part
+            for n in range(7)
+            for part in itertools.combinations(nodes, n)
+            if all(trees[a].parents[i] < 0 or (a, trees[a].parents[i]) in part for a, i in part)
+        ]
+        chosen = [
+            (a, trees[a].tokens.index(token)) for a, tree in kept.items() for token in tree.tokens
+        ]
+        assert rate(chosen) >= max(map(rate, parts)) / WORTH - 1e-9
+        assert all(tree.is_sound(50) for tree in kept.values())
+
+
+def test_estimates_are_corrected_by_what_came_true() -> None:
+    rng = random.Random(4)
+    controller = Controller(lambda rows: 1.0, max_depth=8)
+    tree = DraftTree("x", [1], [ROOT], [math.log(0.9)])
+    modest = DraftTree("x", [1], [ROOT], [math.log(0.3)])
+    for _ in range(600):  # says 0.9 and is right half the time; says 0.3 and is right
+        controller.calibration.learn(tree, 1, [int(rng.random() < 0.5)])
+        controller.calibration.learn(modest, 1, [int(rng.random() < 0.3)])
+    assert controller.chances(tree, 2)[0] == pytest.approx(0.5, abs=0.08)
+    assert controller.chances(modest, 2)[0] == pytest.approx(0.3, abs=0.08)
+    for _ in range(30):  # and for a sequence on which it fails
+        controller.calibration.learn(tree, 3, [7])
+    assert controller.chances(tree, 3)[0] < 0.2
+
+
+def test_steps_that_take_more_with_trees_are_paid_for() -> None:
+    tree = DraftTree("x", [1], [ROOT], [math.log(0.5)])
+    controller = Controller(lambda rows: 1.0, max_depth=8)
+    assert controller.select({1: tree}, sequences=1, rows=1, spare=8)
+    for _ in range(30):
+        controller.step_took(1, 0, 1.0)
+        controller.step_took(2, 1, 1.8)
+    assert not controller.select({1: tree}, sequences=1, rows=1, spare=8)
+
+
+def test_speculation_goes_off_and_on_again_without_verifying() -> None:
+    class Steady(Bad):
+        name = "x"
+
+        def propose(
+            self, views: Sequence[DraftView], limits: Sequence[int]
+        ) -> list[DraftTree | None]:
+            return [DraftTree("x", [5], [ROOT], [math.log(0.8)]) for _ in views]
+
+    view = View([1, 2])
+    speculator = Speculator(
+        [Steady(explode)], Controller(lambda rows: 0.7 + 0.3 * rows, max_depth=4), vocab_size=50
+    )
+
+    def grown(token: int, steps: int) -> list[bool]:
+        found = []
+        for _ in range(steps):
+            found.append(bool(speculator.grow([view], rows=1, spare=8)))
+            view.tokens.append(token)
+        return found
+
+    assert grown(5, 3) == [True] * 3
+    off = grown(9, 60)
+    assert not any(off[-20:])
+    assert grown(5, 200)[-1]
+
+
+def test_trees_over_the_limit_and_unsound_estimates_are_dropped() -> None:
+    for tree in (
+        DraftTree("bad", list(range(9)), list(range(-1, 8)), [-0.1] * 9),
+        DraftTree("bad", [1, 2], [-1, 0], [-0.1]),
+        DraftTree("bad", [1], [-1], [math.nan]),
+        DraftTree("bad", [1, 2], [-1, 0], [-0.5, -0.1]),
+    ):
+        speculator = Speculator(
+            [Bad(lambda tree=tree: [tree])], Controller(lambda rows: 1.0, 4), vocab_size=50
+        )
+        assert speculator.grow([View([1, 2, 3])], rows=1, spare=8) == {}
+        assert speculator.totals["faults"] == 1

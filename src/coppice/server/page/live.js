@@ -2,6 +2,7 @@
 
 import { call } from "./client.js";
 import { drawPages, drawQueue, drawRequests, drawSpark } from "./figures.js";
+import { drawTree } from "./tree.js";
 
 const BUSY_MS = 400;
 const IDLE_MS = 1500;
@@ -60,6 +61,7 @@ export class Live {
     if (engine) {
       drawQueue(engine);
       drawPages(engine, info.model?.page_size);
+      drawTree(engine);
     }
     if (info.timeline) drawRequests(info.timeline);
   }

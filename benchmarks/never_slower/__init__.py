@@ -1,0 +1,1 @@
+"""Speculation left on must not cost: ``auto`` beside plain decoding."""
