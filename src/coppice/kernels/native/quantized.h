@@ -18,7 +18,7 @@ constexpr int64_t CODE_ROW_BLOCK = W == 16 ? 96 : 64;  // their codes stay in L2
 
 // Panels of a register tile. One row does best with four streams from memory and the
 // processor's own prefetching, more rows with one (two on AVX-512) fetched ahead in code.
-constexpr int panels_beside(int rows) { return rows == 1 ? 4 : W == 16 ? 2 : 1; }
+constexpr int panels_beside(int rows) { return rows == 1 ? 4 : W == 16 || rows == 2 ? 2 : 1; }
 
 // One row to codes: per group `amax / 127` as scale and the nearest multiples of it.
 static void quantize(const QuantizeArgs& a, int64_t row) {
