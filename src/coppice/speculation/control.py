@@ -21,7 +21,9 @@ PRIOR = 4.0
 MEMORY = 0.95
 """Weight of the past at each observation: about twenty steps are remembered."""
 RETRY_STEPS = 24
-"""Steps after which a sequence that stopped speculating tries one token again."""
+"""Steps after which a sequence that stopped speculating tries one token again, or more:"""
+RETRY_SHARE = 0.02
+"""the drafter's pass may take no more than this of the steps in between."""
 WORTH = 1.02
 """Expected gain below which a step is not speculated: estimates are no better than that."""
 FAR = 0.85
@@ -119,7 +121,8 @@ class Controller:
             if rate > best_rate:
                 best_rate, best = rate, list(depths)
         self._token_s = 1.0 / best_rate
-        return self._with_retries(arrivals, best, spare)
+        every = max(RETRY_STEPS, pass_s / (RETRY_SHARE * self._step_s(rows)))
+        return self._with_retries(arrivals, best, spare, every)
 
     def chances(self, tree: DraftTree, arrival: int) -> list[float]:
         """Estimated probability that each node's path is accepted."""
@@ -198,11 +201,13 @@ class Controller:
         for source in self._overall:
             self._records.pop((source, arrival), None)
 
-    def _with_retries(self, arrivals: Sequence[int], depths: list[int], spare: int) -> list[int]:
+    def _with_retries(
+        self, arrivals: Sequence[int], depths: list[int], spare: int, every: float
+    ) -> list[int]:
         """Now and then one token where speculation is off, to see whether it would pay."""
         for i, arrival in enumerate(arrivals):
             idle = 0 if depths[i] else self._idle.get(arrival, 0) + 1
-            if idle >= RETRY_STEPS and sum(depths) < spare:
+            if idle >= every and sum(depths) < spare:
                 depths[i], idle = 1, 0
             self._idle[arrival] = idle
         return depths

@@ -52,6 +52,14 @@ def test_it_stops_when_nothing_is_accepted_and_tries_again() -> None:
     assert controller.depths("x", [7], rows=1, spare=9, pass_s=0.0) != [0]
 
 
+def test_a_dear_drafter_is_tried_again_less_often() -> None:
+    controller = Controller(lambda rows: 1.0 + 0.2 * rows, max_depth=4)
+    for _ in range(50):
+        controller.observe("x", 7, 4, 0)
+    asked = [controller.depths("x", [7], rows=1, spare=9, pass_s=2.4) != [0] for _ in range(300)]
+    assert sum(asked) == 3
+
+
 def test_no_spare_rows_no_speculation() -> None:
     controller = Controller(lambda rows: 1.0, max_depth=4)
     assert controller.depths("x", [1, 2], rows=2, spare=0, pass_s=0.0) == [0, 0]
