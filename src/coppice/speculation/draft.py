@@ -160,6 +160,7 @@ class DraftModel:
     def _pass(self, wants: Sequence[tuple[_Tree, list[int]]]) -> None:
         """One pass of the small model for the wanted nodes of all trees."""
         began = time.perf_counter()
+        texts = [len(t.view.tokens) - len(t.reader.tokens) for t, nodes in wants if nodes == [ROOT]]
         logits = self._reader.read(
             [(t.reader, t.view.tokens, t.growth.tree, nodes) for t, nodes in wants]
         ).numpy()
@@ -178,7 +179,8 @@ class DraftModel:
                 tree.logits[node] = logits[at]
                 tree.growth.extend(node, listed[at], logs[at])
                 at += 1
-        self.pass_s += 0.1 * (time.perf_counter() - began - self.pass_s)
+        if max(texts, default=0) <= self._depth + 1:  # else it read a prompt, or what it missed
+            self.pass_s += 0.1 * (time.perf_counter() - began - self.pass_s)
 
     def _drawer(
         self, view: DraftView, logits: dict[int, NDArray[np.float32]]
