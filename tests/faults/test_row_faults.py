@@ -18,9 +18,9 @@ from coppice.engine.grammar_state import GrammarState
 from coppice.engine.loading import EngineModel, load_engine_model
 from coppice.engine.request import Grammar, Request
 from tests.kits.invariance import Outcome, make_requests, run
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
-CONFIG = EngineConfig(model=DRAFT, max_sequences=16)
+CONFIG = EngineConfig(model=SMALL, max_sequences=16)
 GUILTY = 4242  # the seed of requests that something goes wrong over
 
 
@@ -137,7 +137,7 @@ def test_only_the_guilty_fail(
         for r in neighbours
     ]
     guilty = [msgspec.structs.replace(r, prompt=[*r.prompt, MARK]) for r in guilty]
-    made = replace(CONFIG, speculate=speculate, draft_model=DRAFT)
+    made = replace(CONFIG, speculate=speculate, draft_model=SMALL)
     expected = run(Engine(model, made), neighbours)
     assert not any(MARK in outcome[0] for outcome in expected.values())
     breaks, error = FAULTS[fault]

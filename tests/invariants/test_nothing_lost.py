@@ -13,7 +13,7 @@ from coppice.engine.engine import Engine
 from coppice.engine.loading import load_engine_model
 from coppice.engine.request import Request, SamplingParams
 from coppice.errors import ContextOverflowError
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
 NUM_REQUESTS = 2000
 
@@ -53,10 +53,10 @@ def random_request(rng: random.Random, i: int) -> Request:
 def test_pages_and_outcomes_after_a_randomised_mix(prefix_cache: bool) -> None:
     rng = random.Random(11)
     clock = Clock()
-    model = load_engine_model(EngineConfig(model=DRAFT, dtype="float32"))
+    model = load_engine_model(EngineConfig(model=SMALL, dtype="float32"))
     page_bytes = model.decoder.kv_layout(16).page_bytes
     config = EngineConfig(
-        model=DRAFT,
+        model=SMALL,
         kv_cache_mib=max(1, (28 * page_bytes) >> 20),
         page_size=16,
         max_sequences=12,
@@ -100,8 +100,8 @@ def test_pages_and_outcomes_after_a_randomised_mix(prefix_cache: bool) -> None:
 
 
 def test_a_request_that_cannot_fit_is_refused_with_both_lengths() -> None:
-    model = load_engine_model(EngineConfig(model=DRAFT))
-    engine = Engine(model, EngineConfig(model=DRAFT, context_length=64))
+    model = load_engine_model(EngineConfig(model=SMALL))
+    engine = Engine(model, EngineConfig(model=SMALL, context_length=64))
     request = Request(id="x", prompt=[1] * 64, sampling=SamplingParams())
     with pytest.raises(ContextOverflowError, match=r"64 tokens.*64"):
         engine.submit(request)
@@ -109,8 +109,8 @@ def test_a_request_that_cannot_fit_is_refused_with_both_lengths() -> None:
 
 
 def test_cancelled_twice_and_unknown_ids_are_no_error() -> None:
-    model = load_engine_model(EngineConfig(model=DRAFT))
-    engine = Engine(model, EngineConfig(model=DRAFT))
+    model = load_engine_model(EngineConfig(model=SMALL))
+    engine = Engine(model, EngineConfig(model=SMALL))
     engine.submit(Request(id="x", prompt=[1, 2], sampling=SamplingParams(n=3)))
     first = engine.cancel("x")
     assert [o.finish_reason for o in first] == ["cancelled"] * 3
@@ -119,10 +119,10 @@ def test_cancelled_twice_and_unknown_ids_are_no_error() -> None:
 
 
 def test_n_choices_differ_and_each_repeats_alone_of_its_siblings() -> None:
-    model = load_engine_model(EngineConfig(model=DRAFT))
+    model = load_engine_model(EngineConfig(model=SMALL))
 
     def answers(n: int) -> list[list[int]]:
-        engine = Engine(model, EngineConfig(model=DRAFT))
+        engine = Engine(model, EngineConfig(model=SMALL))
         params = SamplingParams(n=n, max_tokens=12, seed=3, ignore_eos=True)
         engine.submit(Request(id="x", prompt=list(range(5, 60)), sampling=params))
         found: list[list[int]] = [[] for _ in range(n)]
@@ -138,10 +138,10 @@ def test_n_choices_differ_and_each_repeats_alone_of_its_siblings() -> None:
 
 
 def test_a_parked_request_holds_no_page_and_goes_on_with_the_same_tokens() -> None:
-    model = load_engine_model(EngineConfig(model=DRAFT))
+    model = load_engine_model(EngineConfig(model=SMALL))
 
     def answer(park_at: int | None) -> list[int]:
-        engine = Engine(model, EngineConfig(model=DRAFT))
+        engine = Engine(model, EngineConfig(model=SMALL))
         params = SamplingParams(max_tokens=40, seed=3, ignore_eos=True)
         engine.submit(Request(id="x", prompt=list(range(5, 60)), sampling=params))
         found: list[int] = []
@@ -162,8 +162,8 @@ def test_a_parked_request_holds_no_page_and_goes_on_with_the_same_tokens() -> No
 
 
 def test_a_parked_request_can_be_cancelled() -> None:
-    model = load_engine_model(EngineConfig(model=DRAFT))
-    engine = Engine(model, EngineConfig(model=DRAFT))
+    model = load_engine_model(EngineConfig(model=SMALL))
+    engine = Engine(model, EngineConfig(model=SMALL))
     engine.submit(Request(id="x", prompt=[1, 2], sampling=SamplingParams(max_tokens=9)))
     engine.step()
     engine.park("x", True)

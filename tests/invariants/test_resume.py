@@ -14,9 +14,9 @@ from coppice.engine.loading import EngineModel, load_engine_model
 from coppice.engine.messages import Progress
 from coppice.engine.request import Grammar, Request
 from tests.kits.invariance import make_requests, run
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
-CONFIG = EngineConfig(model=DRAFT, max_sequences=16)
+CONFIG = EngineConfig(model=SMALL, max_sequences=16)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def requests_of(model: EngineModel) -> list[Request]:
 
 @pytest.mark.parametrize("speculate", ["off", "auto"])
 def test_same_tokens_and_logprobs_from_any_cut(model: EngineModel, speculate: str) -> None:
-    config = replace(CONFIG, speculate=speculate, draft_model=DRAFT)
+    config = replace(CONFIG, speculate=speculate, draft_model=SMALL)
     requests = requests_of(model)
     expected = run(Engine(model, config), requests)
     rng = random.Random(5)

@@ -15,18 +15,18 @@ from tests.kits.invariance import (
     make_requests,
     outcomes,
 )
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
 NUM_REQUESTS = 100
 
 
 CONFIGS = {
-    "float32": EngineConfig(model=DRAFT, dtype="float32"),
-    "bfloat16": EngineConfig(model=DRAFT, dtype="bfloat16"),
-    "kv-int8": EngineConfig(model=DRAFT, kv_cache_dtype="int8"),
-    "int8": EngineConfig(model=DRAFT, quantization="int8"),
-    "int4": EngineConfig(model=DRAFT, quantization="int4"),
-    "int4-weight-only": EngineConfig(model=DRAFT, quantization="int4-weight-only"),
+    "float32": EngineConfig(model=SMALL, dtype="float32"),
+    "bfloat16": EngineConfig(model=SMALL, dtype="bfloat16"),
+    "kv-int8": EngineConfig(model=SMALL, kv_cache_dtype="int8"),
+    "int8": EngineConfig(model=SMALL, quantization="int8"),
+    "int4": EngineConfig(model=SMALL, quantization="int4"),
+    "int4-weight-only": EngineConfig(model=SMALL, quantization="int4-weight-only"),
 }
 
 

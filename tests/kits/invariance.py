@@ -24,7 +24,7 @@ from coppice.engine.request import Request, SamplingParams
 from coppice.engine.speculate import make_speculator
 from coppice.scheduling import Plan, Planner, Snapshot, StepPlanner
 from coppice.scheduling.policy import OrderName, PolicyName
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 from tests.kits.proposers import FreeRows, gossiper
 
 Outcome = tuple[tuple[int, ...], tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...], str]
@@ -154,7 +154,7 @@ def outcomes(
         prefix_cache=arrangement.cached,
         max_sequences=32,
         speculate="off" if gossip else arrangement.speculate,
-        draft_model=DRAFT,
+        draft_model=SMALL,
         policy=arrangement.policy,
         order=arrangement.order,
         tenant_limit=10_000,

@@ -4,7 +4,5 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import coppice.models
-
-DRAFT = str(Path(coppice.models.__file__).parent / "bundled" / "draft")
-"""The bundled draft model: a million trained parameters, a step in well under a millisecond."""
+SMALL = str(Path(__file__).parents[1] / "fixtures" / "small_model")
+"""A million trained parameters with the bundled tokenizer; a step in well under a millisecond."""

@@ -9,7 +9,7 @@ import pytest
 from coppice.cli.bench_speculation import advise, compare, read_prompts
 from coppice.engine.config import EngineConfig
 from coppice.errors import ConfigError
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
 
 def test_prompts_are_lines_or_json(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_what_does_not_pay_is_left_off() -> None:
 
 
 def test_all_ways_answer_alike_and_suffixes_take_fewer_steps_on_repeats() -> None:
-    config = EngineConfig(model=DRAFT, kv_cache_mib=8)
+    config = EngineConfig(model=SMALL, kv_cache_mib=8)
     found = compare(config, ["the same words"] * 3, answer_tokens=24, temperature=0.0)
     assert set(found) == {"off", "lookup", "suffix", "auto"}
     assert len({tally.tokens for tally in found.values()}) == 1

@@ -12,7 +12,7 @@ import pytest
 from coppice.cli.app import run
 from coppice.errors import ConfigError
 from coppice.scheduling.traces import as_sequences, read_trace
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n"
 VTC = "req_id,adapter_dir,prompt_len,output_len,req_time\n0,one,13,19,0.0\n1,two,36,13,0.2\n"
@@ -21,7 +21,7 @@ MOONCAKE = '{"timestamp": 500, "input_length": 758, "output_length": 50, "hash_i
 
 
 def arguments(path: Path, *more: str) -> list[str]:
-    return ["simulate", str(path), "--model", DRAFT, "--cache-dir", str(path.parent), *more]
+    return ["simulate", str(path), "--model", SMALL, "--cache-dir", str(path.parent), *more]
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from coppice.engine.config import EngineConfig
 from coppice.engine.engine import Engine
 from coppice.engine.loading import load_engine_model
 from coppice.models.kv import KVLayout
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
 
 def test_a_timed_model_gives_a_rising_curve() -> None:
-    model = load_engine_model(EngineConfig(model=DRAFT))
+    model = load_engine_model(EngineConfig(model=SMALL))
     seen: list[tuple[int, int]] = []
     curve = calibrate(model, seconds=0.3, progress=lambda n, of: seen.append((n, of)))
     assert curve.rows == ROWS
@@ -32,10 +32,10 @@ def test_a_timed_model_gives_a_rising_curve() -> None:
 def test_doctor_keeps_a_curve_where_engines_look(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--no-probe", "--json", "--calibrate", "--model", DRAFT, "--cache-dir", str(tmp_path)]
+    flags = ["--no-probe", "--json", "--calibrate", "--model", SMALL, "--cache-dir", str(tmp_path)]
     assert run(["doctor", *flags]) == 0
     steps = json.loads(capsys.readouterr().out)["steps"]
-    config = EngineConfig(model=DRAFT, cache_dir=str(tmp_path))
+    config = EngineConfig(model=SMALL, cache_dir=str(tmp_path))
     model = load_engine_model(config)
     path = curve_path(config.cache_folder, model.facts)
     assert steps["kept in"] == str(path)
@@ -47,7 +47,7 @@ def test_doctor_keeps_a_curve_where_engines_look(
 
 def test_a_curve_is_of_the_pages_it_was_timed_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """int8 pages are read at another cost, so their curve is another file and another timing."""
-    configs = [EngineConfig(model=DRAFT, kv_cache_dtype=kind) for kind in ("auto", "int8")]
+    configs = [EngineConfig(model=SMALL, kv_cache_dtype=kind) for kind in ("auto", "int8")]
     models = [load_engine_model(config) for config in configs]
     paths = {
         curve_path(config.cache_folder, m.facts) for config, m in zip(configs, models, strict=True)

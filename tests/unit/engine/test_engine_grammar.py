@@ -11,12 +11,12 @@ from coppice import LLM, SamplingParams
 from coppice.engine.engine import Engine
 from coppice.engine.request import Grammar, Request
 from coppice.errors import GrammarError
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(DRAFT)
+    return LLM(SMALL)
 
 
 SCHEMA = {

@@ -6,14 +6,14 @@ import pytest
 
 from coppice import LLM, SamplingParams
 from coppice.errors import ConfigError, ContextOverflowError, RequestError
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
 PROMPT = "It was the best of times"
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(DRAFT)
+    return LLM(SMALL)
 
 
 def greedy(**fields: object) -> SamplingParams:
@@ -77,7 +77,7 @@ def test_chat_renders_the_template(llm: LLM) -> None:
 
 def test_seeds_of_requests_without_one_follow_the_engines(llm: LLM) -> None:
     params = SamplingParams(max_tokens=8, ignore_eos=True)
-    first, second = (LLM(DRAFT, seed=9).generate(PROMPT, params)[0] for _ in range(2))
+    first, second = (LLM(SMALL, seed=9).generate(PROMPT, params)[0] for _ in range(2))
     assert first.outputs[0].token_ids == second.outputs[0].token_ids
 
 
@@ -101,7 +101,7 @@ def test_more_tokens_than_fit_are_refused_not_cut(llm: LLM) -> None:
 def test_quantization_is_named_and_repeats(llm: LLM) -> None:
     tokens = {}
     for name in ("int8", "int4"):
-        found = [LLM(DRAFT, quantization=name) for _ in range(2)]
+        found = [LLM(SMALL, quantization=name) for _ in range(2)]
         facts = [one.engine.model.facts for one in found]
         assert facts[0].weight_format.startswith(name)
         assert facts[0].fingerprint == facts[1].fingerprint
@@ -114,6 +114,6 @@ def test_quantization_is_named_and_repeats(llm: LLM) -> None:
 
 def test_what_is_not_built_is_refused() -> None:
     with pytest.raises(ConfigError, match="quantization"):
-        LLM(DRAFT, quantization="awq")
+        LLM(SMALL, quantization="awq")
     with pytest.raises(ConfigError, match="page_size"):
-        LLM(DRAFT, page_siz=16)
+        LLM(SMALL, page_siz=16)

@@ -16,9 +16,9 @@ from coppice.engine.messages import Shutdown
 from coppice.engine.request import Request, SamplingParams
 from coppice.scheduling import StepPlanner
 from tests.kits.invariance import RandomPreemption
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
-CONFIG = EngineConfig(model=DRAFT, page_size=16, prefill_chunk=32)
+CONFIG = EngineConfig(model=SMALL, page_size=16, prefill_chunk=32)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from coppice.engine.config import EngineConfig
 from coppice.engine.engine import Engine
 from coppice.engine.loading import load_engine_model
 from coppice.engine.request import Request, SamplingParams
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 from tests.kits.proposers import gossiper
 
-CONFIG = EngineConfig(model=DRAFT, kv_cache_mib=8)
+CONFIG = EngineConfig(model=SMALL, kv_cache_mib=8)
 REQUESTS = [
     Request(id=f"r{i}", prompt=[11, 12, 13 + i], sampling=SamplingParams(max_tokens=24, seed=i))
     for i in range(4)

@@ -10,13 +10,13 @@ from coppice.engine.config import EngineConfig
 from coppice.engine.loading import load_engine_model
 from coppice.engine.start import begin_reading
 from coppice.models import load, packs
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
     monkeypatch.setattr(load, "PACKED_FROM", 0)  # the little test model is worth keeping here
-    return EngineConfig(model=str(DRAFT), quantization="int8", cache_dir=str(tmp_path))
+    return EngineConfig(model=str(SMALL), quantization="int8", cache_dir=str(tmp_path))
 
 
 def test_the_first_start_has_nothing_to_read(config: EngineConfig) -> None:
@@ -40,7 +40,7 @@ def test_a_second_start_reads_its_pack_once_and_early(
 
 def test_a_guess_that_is_wrong_is_not_used(config: EngineConfig, tmp_path: Path) -> None:
     load_engine_model(config)
-    other = EngineConfig(model=str(DRAFT), quantization="int4", cache_dir=str(tmp_path))
+    other = EngineConfig(model=str(SMALL), quantization="int4", cache_dir=str(tmp_path))
     early = begin_reading(config)
     assert load_engine_model(other, early).facts.weight_format.startswith("int4")
 

@@ -12,7 +12,7 @@ from coppice.engine.engine import Engine
 from coppice.engine.loading import EngineModel, load_engine_model
 from coppice.engine.request import Request, SamplingParams
 from coppice.kernels import native_available
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="the extension is not built")
 
@@ -21,7 +21,7 @@ OPERATORS = ("linear", "norm", "gate", "rope", "attention", "gather", "sample")
 
 @pytest.fixture
 def model() -> EngineModel:
-    return load_engine_model(EngineConfig(model=DRAFT))
+    return load_engine_model(EngineConfig(model=SMALL))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def calls(model: EngineModel, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def decoding(model: EngineModel, count: int, **params: Any) -> Engine:
     """An engine whose sequences have all read their prompts."""
-    engine = Engine(model, EngineConfig(model=DRAFT))
+    engine = Engine(model, EngineConfig(model=SMALL))
     for i in range(count):
         sampling = SamplingParams(max_tokens=40, ignore_eos=True, seed=i, **params)
         engine.submit(Request(id=str(i), prompt=[5 + i, 6, 7], sampling=sampling))
@@ -94,7 +94,7 @@ def test_whoever_wants_more_than_the_likeliest_gets_logits(
     """One such sequence in the batch is enough, and its neighbours do not notice."""
 
     def answers(other: dict[str, Any]) -> list[int]:
-        engine = Engine(model, EngineConfig(model=DRAFT))
+        engine = Engine(model, EngineConfig(model=SMALL))
         for i, extra in enumerate(({}, other)):
             wanted = {"temperature": 0.0, **extra}
             sampling = SamplingParams(max_tokens=12, ignore_eos=True, seed=1, **wanted)
@@ -116,7 +116,7 @@ def test_whoever_wants_more_than_the_likeliest_gets_logits(
 def test_min_tokens_asks_for_logits_until_it_is_met(
     model: EngineModel, calls: Counter[str]
 ) -> None:
-    engine = Engine(model, EngineConfig(model=DRAFT))
+    engine = Engine(model, EngineConfig(model=SMALL))
     sampling = SamplingParams(max_tokens=10, min_tokens=4, temperature=0.0, ignore_eos=False)
     engine.submit(Request(id="x", prompt=[5, 6, 7], sampling=sampling))
     for _ in range(4):

@@ -13,9 +13,9 @@ from coppice.engine.loading import EngineModel, load_engine_model
 from coppice.engine.request import Request, SamplingParams
 from coppice.errors import RequestError
 from coppice.speculation import Controller
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
-CONFIG = EngineConfig(model=DRAFT, kv_cache_mib=8, speculate="suffix")
+CONFIG = EngineConfig(model=SMALL, kv_cache_mib=8, speculate="suffix")
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_a_request_may_name_its_proposer(model: EngineModel) -> None:
 
 def test_what_it_learned_outlives_it(model: EngineModel, tmp_path: Path) -> None:
     config = EngineConfig(
-        model=DRAFT,
+        model=SMALL,
         kv_cache_mib=8,
         speculate="suffix",
         keep_history=True,

@@ -19,7 +19,7 @@ from coppice.models.quantized.convert import Sampling, quantize_folder
 from coppice.models.quantized.layer import Method
 from coppice.weights.names import scheme
 from coppice.weights.rounding import round_to_nearest
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 from tools.make_model import make_model
 
 TEXT = "The old house stood at the end of the lane, and nobody had lived there for years. " * 40
@@ -37,8 +37,8 @@ def load(folder: Path | str) -> LoadedModel:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rounded_copy_is_the_model_rounded_while_loading(tmp_path: Path, name: str) -> None:
-    quantize_folder(DRAFT, tmp_path / "q", scheme(name))
-    copy, plain = load(tmp_path / "q"), load(DRAFT)
+    quantize_folder(SMALL, tmp_path / "q", scheme(name))
+    copy, plain = load(tmp_path / "q"), load(SMALL)
     wanted = scheme(name).layers
     assert copy.quantization == wanted.name
     assert copy.decoder.weights.embedding.format == scheme(name).embedding
@@ -51,7 +51,7 @@ def test_rounded_copy_is_the_model_rounded_while_loading(tmp_path: Path, name: s
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 def test_calibrated_copy_answers_like_the_model(tmp_path: Path, method: Method) -> None:
     quantize_folder(
-        DRAFT,
+        SMALL,
         tmp_path / "q",
         scheme("int4-g32-weight-only"),
         method=method,
@@ -59,7 +59,7 @@ def test_calibrated_copy_answers_like_the_model(tmp_path: Path, method: Method) 
         sampling=SAMPLING,
         ops=ops(),
     )
-    copy, plain = load(tmp_path / "q"), load(DRAFT)
+    copy, plain = load(tmp_path / "q"), load(SMALL)
     tokens = list(range(100, 160))
     found, wanted = (logits(model, tokens) for model in (copy, plain))
     assert float((found - wanted).norm() / wanted.norm()) < 0.1
@@ -73,7 +73,7 @@ def test_calibrated_copy_answers_like_the_model(tmp_path: Path, method: Method) 
 def test_awq_scales_change_nothing_before_rounding(tmp_path: Path) -> None:
     """With eight bits in place of four, folding must be invisible."""
     quantize_folder(
-        DRAFT,
+        SMALL,
         tmp_path / "q",
         scheme("int8-weight-only"),
         method="awq",
@@ -81,7 +81,7 @@ def test_awq_scales_change_nothing_before_rounding(tmp_path: Path) -> None:
         sampling=SAMPLING,
         ops=ops(),
     )
-    copy, plain = load(tmp_path / "q"), load(DRAFT)
+    copy, plain = load(tmp_path / "q"), load(SMALL)
     tokens = list(range(100, 160))
     found, wanted = (logits(model, tokens) for model in (copy, plain))
     assert float((found - wanted).norm() / wanted.norm()) < 0.01
@@ -100,7 +100,7 @@ def logits(model: LoadedModel, tokens: list[int]) -> torch.Tensor:
 
 
 def test_layout_is_that_of_compressed_tensors(tmp_path: Path) -> None:
-    quantize_folder(DRAFT, tmp_path / "q", scheme("int4-g32"))
+    quantize_folder(SMALL, tmp_path / "q", scheme("int4-g32"))
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     settings = config["quantization_config"]
     assert settings["quant_method"] == "compressed-tensors"
@@ -117,9 +117,9 @@ def test_layout_is_that_of_compressed_tensors(tmp_path: Path) -> None:
 
 
 def test_large_copies_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize_folder(DRAFT, tmp_path / "one", scheme("int8"))
+    quantize_folder(SMALL, tmp_path / "one", scheme("int8"))
     monkeypatch.setattr("coppice.models.quantized.folder.SHARD_BYTES", 300_000)
-    quantize_folder(DRAFT, tmp_path / "many", scheme("int8"))
+    quantize_folder(SMALL, tmp_path / "many", scheme("int8"))
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
     one, many = (load(tmp_path / name).decoder.weights for name in ("one", "many"))
     for ours, theirs in zip(one.layers, many.layers, strict=True):
@@ -150,20 +150,20 @@ def test_nothing_is_left_after_a_failure(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_said(tmp_path: Path) -> None:
-    quantize_folder(DRAFT, tmp_path / "q", scheme("int8"))
+    quantize_folder(SMALL, tmp_path / "q", scheme("int8"))
     with pytest.raises(ConfigError, match="already exists"):
-        quantize_folder(DRAFT, tmp_path / "q", scheme("int8"))
+        quantize_folder(SMALL, tmp_path / "q", scheme("int8"))
     with pytest.raises(ConfigError, match="quantized already"):
         quantize_folder(tmp_path / "q", tmp_path / "again", scheme("int8"))
     with pytest.raises(ConfigError, match=r"gptq calibrates on text: give --calibration FILE"):
-        quantize_folder(DRAFT, tmp_path / "g", scheme("int4"), method="gptq")
+        quantize_folder(SMALL, tmp_path / "g", scheme("int4"), method="gptq")
     with pytest.raises(ConfigError, match=r"has \d+ tokens, less than one sequence"):
-        quantize_folder(DRAFT, tmp_path / "g", scheme("int4"), method="awq", text="Too short.")
+        quantize_folder(SMALL, tmp_path / "g", scheme("int4"), method="awq", text="Too short.")
     assert not (tmp_path / "again").exists() and not (tmp_path / "g").exists()
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["quantize", DRAFT, str(tmp_path / "q"), "--format", "int4-g32"]) == 0
+    assert run(["quantize", SMALL, str(tmp_path / "q"), "--format", "int4-g32"]) == 0
     assert "int4-g32" in capsys.readouterr().err
     assert load(tmp_path / "q").quantization == "int4-g32"
     for arguments, words in (
@@ -171,6 +171,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--method", "magic"], "'magic' is unknown"),
         (["--calibration", str(tmp_path / "none.txt")], "Cannot read"),
     ):
-        assert run(["quantize", DRAFT, str(tmp_path / "other"), *arguments]) == 2
+        assert run(["quantize", SMALL, str(tmp_path / "other"), *arguments]) == 2
         assert words in capsys.readouterr().err
         assert not (tmp_path / "other").exists()

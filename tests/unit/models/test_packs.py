@@ -18,7 +18,7 @@ from coppice.models import load
 from coppice.models.load import LoadedModel, load_model
 from coppice.models.packs import Kept
 from coppice.models.safetensors import SafetensorsSource
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def logits(model: LoadedModel) -> Tensor:
 
 def open_model(cache: Path, quantization: str | None = None, prefer: str = "native") -> LoadedModel:
     ops = get_ops(prefer=prefer)  # type: ignore[arg-type]
-    return load_model(DRAFT, quantization=quantization, ops=ops, kept=Kept(cache))
+    return load_model(SMALL, quantization=quantization, ops=ops, kept=Kept(cache))
 
 
 @pytest.mark.parametrize("prefer", ["native", "reference"])
@@ -102,7 +102,7 @@ def test_packs_that_were_not_used_for_longest_go_first(tmp_path: Path) -> None:
         os.utime(path, (time.time() - age,) * 2)
     open_model(tmp_path)  # is used again
     most = floats.stat().st_size + int8.stat().st_size
-    load_model(DRAFT, quantization="int4", kept=Kept(tmp_path, most_bytes=most))
+    load_model(SMALL, quantization="int4", kept=Kept(tmp_path, most_bytes=most))
     left = set(folder.iterdir())
     assert floats in left
     assert int8 not in left
@@ -111,8 +111,8 @@ def test_packs_that_were_not_used_for_longest_go_first(tmp_path: Path) -> None:
 
 def test_the_pack_just_made_stays_however_large(tmp_path: Path) -> None:
     open_model(tmp_path)
-    load_model(DRAFT, quantization="int8", kept=Kept(tmp_path, most_bytes=0))
+    load_model(SMALL, quantization="int8", kept=Kept(tmp_path, most_bytes=0))
     [left] = (tmp_path / "packs").iterdir()
-    again = load_model(DRAFT, quantization="int8", kept=Kept(tmp_path, most_bytes=0))
+    again = load_model(SMALL, quantization="int8", kept=Kept(tmp_path, most_bytes=0))
     assert again.pack is not None
     assert again.pack[0] == left

@@ -11,7 +11,7 @@ from torch import Tensor
 from coppice.cache.pool import KVPool
 from coppice.kernels.rows import Rows
 from coppice.models.load import load_model
-from tests.kits.models import DRAFT
+from tests.kits.models import SMALL
 from tools.widen import widen
 
 LARGE = {
@@ -36,9 +36,9 @@ def logits(model: str | Path, tokens: list[int]) -> Tensor:
 
 
 def test_logits_stay_and_added_tokens_never_win(tmp_path: Path) -> None:
-    widen(Path(DRAFT), LARGE, tmp_path)
+    widen(Path(SMALL), LARGE, tmp_path)
     tokens = [(7919 * i) % 4096 for i in range(200)]
-    small, large = logits(DRAFT, tokens), logits(tmp_path, tokens)
+    small, large = logits(SMALL, tokens), logits(tmp_path, tokens)
     shift = (large[:, :4096] - small).mean(1, keepdim=True)  # the marked dim adds a constant
     assert (large[:, :4096] - small - shift).abs().max() < 2e-4  # a quarter: exact in bf16
     assert torch.equal(large.argmax(1), small.argmax(1))
@@ -48,4 +48,4 @@ def test_logits_stay_and_added_tokens_never_win(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_hidden_layers"])
 def test_a_shape_that_is_not_larger_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(SystemExit, match=r"larger|grow"):
-        widen(Path(DRAFT), {**LARGE, name: 1}, tmp_path)
+        widen(Path(SMALL), {**LARGE, name: 1}, tmp_path)
