@@ -80,7 +80,14 @@ def load_model(name: str, shipped: Path = SHIPPED) -> Llama:
     """Return a shipped model in float32, ready to evaluate."""
     model = Llama(SHAPES[name])
     weights = load_file(shipped / name / "model.safetensors")
-    model.load_state_dict({k: v.float() for k, v in weights.items()})
+    scales = {k.removesuffix("_scale"): v for k, v in weights.items() if k.endswith("_scale")}
+    model.load_state_dict(
+        {
+            k: v.float() * scales[k].float() if k in scales else v.float()
+            for k, v in weights.items()
+            if not k.endswith("_scale")
+        }
+    )
     return model.eval()
 
 

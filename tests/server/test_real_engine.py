@@ -123,9 +123,9 @@ def test_regex_is_obeyed(bundled: ServerProcess) -> None:
 
 
 def test_pages_return_when_clients_leave(bundled: ServerProcess) -> None:
-    body = {"prompt": PROMPT * 20, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body = {"prompt": PROMPT * 20, "max_tokens": 1200, "ignore_eos": True, "stream": True}
     with bundled.http() as http:
-        for wait_s in (0.0, 0.05, 0.3):
+        for wait_s in (0.0, 0.03, 0.15):
             with http.stream("POST", "/v1/completions", json=body):
                 time.sleep(wait_s)
     info = bundled.wait_idle()

@@ -37,6 +37,7 @@ IN_BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+SCALE = "_scale"
 PRE_TOKENIZER = "qwen2"
 """llama.cpp's name for the splitting pattern of the bundled tokenizer."""
 
@@ -55,8 +56,12 @@ def write_gguf(folder: Path, out: Path) -> None:
     _write_config(writer, config)
     _write_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()), config)
     with safe_open(folder / "model.safetensors", framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is no dict
-            _add(writer, gguf_name(name), _rows_for_llama(name, tensors.get_tensor(name), config))
+        names = set(tensors.keys())
+        for name in sorted(n for n in names if not n.endswith(SCALE)):
+            tensor = tensors.get_tensor(name)
+            if name + SCALE in names:  # int8 codes, a scale per row
+                tensor = tensor.float() * tensors.get_tensor(name + SCALE).float()
+            _add(writer, gguf_name(name), _rows_for_llama(name, tensor, config))
         factors = _rope_factors(config)
         if factors is not None:
             _add(writer, "rope_freqs.weight", factors)

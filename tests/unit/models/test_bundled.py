@@ -88,9 +88,12 @@ def test_tokenizers_are_the_same_bytes(file):
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_follow_the_config(name):
     config = json.loads((BUNDLED / name / "config.json").read_text("utf-8"))
-    table = header(name)
+    everything = header(name)
+    table = {k: v for k, v in everything.items() if not k.endswith("_scale")}
     assert {k: v["shape"] for k, v in table.items()} == expected_shapes(config)
-    assert {v["dtype"] for v in table.values()} == {"BF16"}
+    codes = {k for k, v in table.items() if v["dtype"] != "BF16"}
+    assert codes == {k.removesuffix("_scale") for k in everything if k.endswith("_scale")}
+    assert bool(codes) == (name == "draft")  # which is kept in int8
     assert config["model_type"] == "llama"
     assert config["tie_word_embeddings"] is True
 
