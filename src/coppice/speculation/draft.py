@@ -90,26 +90,32 @@ class DraftModel:
         self._sharpness = 1.5
         self._last: dict[int, tuple[int, DraftTree]] = {}
         self.pass_s = 0.0
-        """Seconds of a drafting pass, smoothed."""
+        """Seconds of a drafting pass and all that is done about it, smoothed."""
 
     def propose(self, views: Sequence[DraftView], limits: Sequence[int]) -> list[DraftTree | None]:
         """See `Proposer`. One pass of the small model for each level of the deepest tree."""
+        began = time.perf_counter()
         growing: list[_Tree] = []
         for i, (view, limit) in enumerate(zip(views, limits, strict=True)):
             if limit > 0 and (tree := self._begin(i, view, limit)) is not None:
                 growing.append(tree)
         trees: list[DraftTree | None] = [None] * len(views)
-        active = growing
+        behind = max((len(t.view.tokens) - len(t.reader.tokens) for t in growing), default=0)
+        active, passes = growing, 0
         while active:
             wants = [(tree, nodes) for tree in active if (nodes := tree.growth.wants())]
             if wants:
                 self._pass(wants)
+                passes += 1
             active = [tree for tree, _ in wants]
         for tree in growing:
             grown = tree.growth.finish()
             trees[tree.index] = grown if len(grown) else None
             if grown.logf:
                 self._last[tree.view.arrival] = len(tree.view.tokens), grown
+        if passes and behind <= self._depth + 1:  # else it read a prompt, or what it missed
+            each = (time.perf_counter() - began) / passes
+            self.pass_s += (0.1 if self.pass_s else 1.0) * (each - self.pass_s)
         return trees
 
     def forget(self, arrival: int) -> None:
@@ -159,8 +165,6 @@ class DraftModel:
 
     def _pass(self, wants: Sequence[tuple[_Tree, list[int]]]) -> None:
         """One pass of the small model for the wanted nodes of all trees."""
-        began = time.perf_counter()
-        texts = [len(t.view.tokens) - len(t.reader.tokens) for t, nodes in wants if nodes == [ROOT]]
         logits = self._reader.read(
             [(t.reader, t.view.tokens, t.growth.tree, nodes) for t, nodes in wants]
         ).numpy()
@@ -179,8 +183,6 @@ class DraftModel:
                 tree.logits[node] = logits[at]
                 tree.growth.extend(node, listed[at], logs[at])
                 at += 1
-        if max(texts, default=0) <= self._depth + 1:  # else it read a prompt, or what it missed
-            self.pass_s += 0.1 * (time.perf_counter() - began - self.pass_s)
 
     def _drawer(
         self, view: DraftView, logits: dict[int, NDArray[np.float32]]
