@@ -59,22 +59,13 @@ def test_same_tokens_and_logprobs(
     assert not wrong, f"{len(wrong)} of {NUM_REQUESTS} differ, first {wrong[0]}"
 
 
-@pytest.mark.parametrize("config", ["float32"], indirect=True)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, marks=() if c == "float32" else pytest.mark.slow) for c in CONFIGS],
+    indirect=True,
+)
 @pytest.mark.parametrize("arrangement", SCHEDULED, ids=str)
 def test_same_under_every_policy(
-    model: EngineModel,
-    config: EngineConfig,
-    expected: dict[str, Outcome],
-    arrangement: Arrangement,
-) -> None:
-    requests = make_requests(model, NUM_REQUESTS, 1)
-    assert outcomes(model, config, requests, arrangement, seed=5) == expected
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c != "float32"], indirect=True)
-@pytest.mark.parametrize("arrangement", SCHEDULED, ids=str)
-def test_same_under_every_policy_in_other_formats(
     model: EngineModel,
     config: EngineConfig,
     expected: dict[str, Outcome],

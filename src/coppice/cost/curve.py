@@ -6,7 +6,7 @@ import itertools
 import json
 import statistics
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,24 @@ class Sample(NamedTuple):
     rows: int
     keys: int
     seconds: float
+
+
+def rows_within(time: Callable[[int], float], seconds: float, most: int) -> int:
+    """The largest number of rows, 1 to ``most``, whose step ends within ``seconds``.
+
+    Args:
+        time: seconds of a step of so many rows; never falls.
+        seconds: what it may take.
+        most: rows, at most; one is always allowed.
+    """
+    low, high = 1, max(1, most)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if time(middle) <= seconds:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +66,7 @@ class StepCurve:
 
     def rows_within(self, seconds: float, most: int) -> int:
         """The largest step without context that ends within ``seconds``: 1 to ``most``."""
-        low, high = 1, max(1, most)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._at(middle) <= seconds:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return rows_within(self._at, seconds, most)
 
     def _at(self, rows: int) -> float:
         if len(self.rows) == 1 or rows <= self.rows[0]:

@@ -10,7 +10,7 @@ tree does not hold.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -128,7 +128,7 @@ class StepRunner:
         """The largest tree of the last step that had one."""
 
     def run(
-        self, grants: Iterable[Grant], trees: Mapping[int, DraftTree], accept: Accept
+        self, grants: Collection[Grant], trees: Mapping[int, DraftTree], accept: Accept
     ) -> StepResult:
         """One pass of the model over the granted rows and the trees behind them.
 
@@ -143,7 +143,6 @@ class StepRunner:
         result = StepResult()
         layout = self._layout
         layout.clear()
-        ran: list[tuple[Sequence, int]] = []
         for grant in grants:
             sequence = grant.sequence
             assert isinstance(sequence, Sequence)
@@ -159,10 +158,9 @@ class StepRunner:
                 result.walks.append(Walk(sequence, place, tree))
                 if tree is not None:
                     sequence.drafted += len(tree)
-            ran.append((sequence, end))
             result.ran.append(Ran(sequence, end, num_rows, 0 if tree is None else len(tree)))
             result.num_rows += num_rows + (0 if tree is None else len(tree))
-        if not ran:
+        if not result.ran:
             return result
         began = time.perf_counter()
         rows = layout.rows()
@@ -171,9 +169,9 @@ class StepRunner:
             if found is None:
                 found = self._model.forward(rows, self._pool)
         except BaseException as error:
-            return self._run_alone([sequence for sequence, _ in ran], error, accept, grants)
+            return self._run_alone(result.ran, error, accept, grants)
         result.model_s = time.perf_counter() - began
-        for sequence, end in ran:
+        for sequence, end, *_ in result.ran:
             sequence.num_computed = end
             if end >= (sequence.num_sealed + 1) * self._page_size:
                 self._seal(sequence)
@@ -189,15 +187,15 @@ class StepRunner:
 
     def _run_alone(
         self,
-        sequences: list[Sequence],
+        ran: list[Ran],
         error: BaseException,
         accept: Accept,
-        grants: Iterable[Grant],
+        grants: Collection[Grant],
     ) -> StepResult:
         """After a fault of the model: each sequence by itself, so that only the guilty fail."""
         why = describe(error, "The model")
-        if len(sequences) == 1:
-            accept(sequences[0], -1, None, why)
+        if len(ran) == 1:
+            accept(ran[0].sequence, -1, None, why)
             return StepResult()
         merged = StepResult()
         for grant in grants:
@@ -205,6 +203,7 @@ class StepRunner:
             merged.num_rows += part.num_rows
             merged.num_chosen += part.num_chosen
             merged.walks += part.walks
+            merged.ran += part.ran
             merged.model_s += part.model_s
         return merged
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from math import inf
 from operator import attrgetter
 
+from coppice.cost import rows_within
 from coppice.scheduling.interfaces import Planner, SequenceView, Snapshot
 from coppice.scheduling.planner import StepPlanner
 from coppice.scheduling.policy import Policy
@@ -281,11 +282,4 @@ class _Cost:
 
     def rows_within(self, seconds: float, most: int) -> int:
         """See `CostModel`."""
-        low, high = 1, max(1, most)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.time(middle) <= seconds:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return rows_within(self.time, seconds, most)

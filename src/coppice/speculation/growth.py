@@ -8,6 +8,7 @@ one model for the wants of many growths at once.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -73,7 +74,7 @@ class BestFirst:
         # A child is never likelier than its parent: one that only equals the bar cannot enter.
         able = [i for i in self._open if logf[i] > bar and self._depths[i] < self._max_depth]
         best = heapq.nlargest(self._beams, able, key=lambda i: (logf[i], -i))
-        if sum(2.718281828 ** logf[i] for i in best) < self._least:
+        if sum(math.exp(logf[i]) for i in best) < self._least:
             return []
         return sorted(best)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ from tests.kits.invariance import RandomPreemption
 from tests.kits.models import SMALL
 
 CONFIG = EngineConfig(model=SMALL, page_size=16, prefill_chunk=32)
+MARK = 201
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,25 @@ def test_counts_are_exact_and_seconds_add_up(model: EngineModel, preempted: bool
     assert sum(u.computed_tokens for u in usage) == stats.rows
     busy = stats.model_s + stats.other_s
     assert sum(u.step_s for u in usage) == pytest.approx(busy, rel=0.01)
+
+
+def test_a_fault_of_the_model_leaves_no_step_of_its_neighbours_out(
+    model: EngineModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("forward", "greedy"):
+        real: Callable[..., Any] = getattr(model.decoder, name)
+
+        def broken(rows: Any, *args: Any, real: Callable[..., Any] = real) -> Any:
+            if (rows.token == MARK).any():
+                raise RuntimeError
+            return real(rows, *args)
+
+        monkeypatch.setattr(model.decoder, name, broken)
+    engine = Engine(model, replace(CONFIG, prefix_cache=False))
+    engine.submit(Request(id="bad", prompt=[5] * 40 + [MARK], sampling=request(0).sampling))
+    finish(engine, 3)
+    found = {u.tenant: u.computed_tokens for u in engine.meter.usage if u.tenant != "default"}
+    assert found == dict.fromkeys(("t0", "t1", "t2"), 50 + 20 - 1)
 
 
 def test_equal_work_costs_equal_shares(model: EngineModel) -> None:
