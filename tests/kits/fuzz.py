@@ -21,10 +21,14 @@ import torch
 from safetensors.torch import save_file
 
 from coppice.errors import CoppiceError
+from coppice.models.adapter import Adapter
+from coppice.models.checkpoint import open_folder
 from coppice.models.gguf import open_gguf
 from coppice.models.safetensors import SafetensorsFile
 from coppice.models.tokenizer import Tokenizer
+from tests.kits.adapter import make_adapter
 from tests.kits.fake_model import write_fake_model
+from tools.make_model import make_model
 
 ALLOWANCE_BYTES = 512 << 10
 INTERESTING = (
@@ -106,9 +110,36 @@ def tokenizer_file(folder: Path) -> Path:
     return write_fake_model(folder) / "tokenizer.json"
 
 
+def adapter_file(folder: Path) -> Path:
+    """Factors for a toy model, which lies beside them."""
+    make_model("toy-llama", folder / "base", dtype="float32", tokenizer=False)
+    made = make_adapter(folder / "adapter", folder / "base", rank=2, alpha=4.0)
+    return made / "adapter_model.safetensors"
+
+
+def add_adapter(path: Path) -> None:
+    """Open it, hold it against its model and read all it changes."""
+    source = open_folder(path.parent.parent / "base").source
+    try:
+        adapter = Adapter(path.parent)
+        try:
+            adapter.check(source)
+            for name in adapter.factors:
+                adapter.change(name)
+        finally:
+            adapter.close()
+    finally:
+        source.close()
+
+
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
     "safetensors": (safetensors_file, open_safetensors),
     "gguf": (gguf_file, open_gguf),
+    "adapter": (adapter_file, add_adapter),
+    "adapter settings": (
+        lambda folder: adapter_file(folder).with_name("adapter_config.json"),
+        add_adapter,
+    ),
     "tokenizer": (tokenizer_file, lambda path: Tokenizer.from_folder(path.parent)),
 }
 

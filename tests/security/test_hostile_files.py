@@ -11,7 +11,9 @@ import pytest
 SEED = int(os.environ.get("TEST_SEED", "1"))
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "gguf", "tokenizer"])
+@pytest.mark.parametrize(
+    "kind", ["safetensors", "gguf", "tokenizer", "adapter", "adapter settings"]
+)
 @pytest.mark.parametrize(
     "count",
     [400, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],

@@ -44,6 +44,11 @@ class EngineConfig(RoomConfig):
         "bundled",
         "Model to load: 'bundled', a folder of safetensors, a GGUF file, or a hub id.",
     )
+    adapter: str | None = setting(
+        None,
+        "Folder of a LoRA adapter (as PEFT writes it) that is added to the weights as they are "
+        "read.",
+    )
     dtype: DType = setting(
         "auto",
         "Precision of weights and KV pages; 'auto' loses nothing (float16 becomes float32).",

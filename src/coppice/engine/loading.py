@@ -70,6 +70,7 @@ def load_engine_model(config: EngineConfig, early: Future[StoredPack] | None = N
         dtype=config.dtype,
         quantization=None if config.quantization == "none" else config.quantization,
         max_context=config.context_length,
+        adapter=config.adapter,
         kept=Kept(config.cache_folder, early, config.keep_packed_mib << 20)
         if config.keep_packed
         else None,

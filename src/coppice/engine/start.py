@@ -53,5 +53,6 @@ def remember(config: EngineConfig, pack: tuple[Path, str] | None) -> None:
 def _note(config: EngineConfig) -> Path:
     """Where the note of a configuration lies."""
     parts = [str(Path(config.model).absolute()), config.dtype, config.quantization]
+    parts += [] if config.adapter is None else [str(Path(config.adapter).absolute())]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return config.cache_folder / "starts" / f"{name}.json"

@@ -15,6 +15,7 @@ import torch
 from coppice.errors import CheckpointError, ConfigError
 from coppice.kernels import get_ops
 from coppice.kernels.interface import Ops
+from coppice.models.adapter import AdaptedSource, Adapter
 from coppice.models.build import Progress, build_weights
 from coppice.models.checkpoint import Checkpoint, open_folder
 from coppice.models.config import ModelConfig
@@ -75,6 +76,7 @@ def load_model(
     quantization: str | None = None,
     ops: Ops | None = None,
     max_context: int | None = None,
+    adapter: str | Path | None = None,
     kept: Kept | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
@@ -89,11 +91,12 @@ def load_model(
             default weights stay as the checkpoint has them.
         ops: operators to pack for; by default the fastest on this machine.
         max_context: longest context to serve, at most the model's own.
+        adapter: a folder with a LoRA adapter to add to the weights.
         kept: where packed weights are kept for the next start; None keeps none.
         progress: called with bytes packed and bytes in all.
 
     Raises:
-        CheckpointError: the model is missing, damaged, contradictory or not supported.
+        CheckpointError: model or adapter are missing, damaged, contradictory or not supported.
             Nothing stays open or resident then.
         ConfigError: ``dtype`` is none of the three, or ``quantization`` is unknown.
     """
@@ -107,6 +110,8 @@ def load_model(
         checkpoint = open_folder(path)
         tokenizer_source = path
     try:
+        if adapter is not None:
+            checkpoint = _adapted(checkpoint, Adapter(Path(adapter)))
         return _load(
             checkpoint,
             tokenizer_source,
@@ -126,6 +131,15 @@ def _open_gguf(path: Path) -> tuple[Checkpoint, Any]:
 
     file = open_gguf(path)
     return Checkpoint(path.parent, file.config, {}, file.source), file
+
+
+def _adapted(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    try:
+        source = AdaptedSource(checkpoint.source, adapter)
+    except CheckpointError:
+        adapter.close()
+        raise
+    return dataclasses.replace(checkpoint, source=source)
 
 
 def _load(
