@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.kits.server import ServerProcess
 from tests.server.hostile import harmless_bodies, hostile_bodies
+from tests.server.hostile_grid import ROUTES, Attack, edges, grid
 
 JSON_TYPE = {"Content-Type": "application/json"}
 
@@ -86,3 +91,39 @@ def test_bodies_exactly_at_the_limits_are_served(server: ServerProcess) -> None:
         for name, path, content in harmless_bodies():
             reply = http.post(path, content=content)
             assert reply.status_code == 200, (name, reply.text[:300])
+
+
+@pytest.mark.parametrize("share", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_a_thousand_hostile_bodies_for_each_route(server: ServerProcess, share: float) -> None:
+    """No 5xx, none over 10 s; the fixture sees to the pages."""
+    with server.http() as http:
+        document = http.get("/openapi.json").json()
+    made = [*grid(document), *edges(document)]
+    seed = int(os.environ.get("TEST_SEED", "1"))
+    attacks = random.Random(seed).sample(made, int(share * len(made)))
+    for path in ROUTES:
+        bodies = {attack.content for attack in attacks if attack.path == path}
+        assert len(bodies) >= 1000
+    wrong: list[str] = []
+    left = iter(attacks)  # next() on a list's iterator is atomic
+
+    def work(_: int) -> None:
+        with server.http(headers_more=JSON_TYPE, timeout=10.0) as http:
+            for attack in left:
+                try:
+                    problem = judgement(attack, http.post(attack.path, content=attack.content))
+                except httpx.HTTPError as error:
+                    problem = repr(error)
+                if problem:
+                    wrong.append(f"{attack.path} {attack.name}: {problem}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert not wrong, f"{len(wrong)} of {len(attacks)}, TEST_SEED={seed}: {wrong[:20]}"
+
+
+def judgement(attack: Attack, reply: httpx.Response) -> str:
+    """What is wrong with the reply; empty when nothing is."""
+    if reply.status_code == 200:
+        return "accepted" if attack.outside else ""
+    return complaint(reply)

@@ -26,6 +26,7 @@ from coppice.errors import (
 
 log = logging.getLogger("coppice.server")
 
+MAX_SHOWN_DIGITS = 60
 _TYPES: tuple[tuple[type[CoppiceError], str], ...] = (
     (AuthenticationError, "authentication_error"),
     (ForbiddenError, "permission_error"),
@@ -162,7 +163,6 @@ _UNION_TAGS = frozenset({"str", "int", "list", "dict", "none", "float"})
 def _short(value: object) -> str:
     if isinstance(value, str):
         return json.dumps(value[:60])[:60]  # cut first: the whole may be megabytes
-    text = json.dumps(value)[:60] if not isinstance(value, int) else hex(value)[:20]
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**18:
-        text = str(value)
-    return text
+    if isinstance(value, int) and abs(value) >= 10**MAX_SHOWN_DIGITS:
+        return "a number of too many digits"  # writing it out takes quadratic time
+    return json.dumps(value)[:60]
