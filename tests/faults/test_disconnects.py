@@ -27,10 +27,9 @@ ENGINE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[bool, ServerProcess]]:
     """By whether the engine is narrow, so that all but two requests are queued."""
-    with (
-        ServerProcess("bundled", engine=ENGINE, start_timeout_s=90) as wide,
-        ServerProcess("bundled", engine=ENGINE | {"max_sequences": 2}, start_timeout_s=90) as thin,
-    ):
+    wide = ServerProcess("bundled", engine=ENGINE, start_timeout_s=90)
+    thin = ServerProcess("bundled", engine=ENGINE | {"max_sequences": 2}, start_timeout_s=90)
+    with wide, thin:
         yield {False: wide, True: thin}
 
 

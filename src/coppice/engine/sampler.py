@@ -128,10 +128,11 @@ class TokenCounts:
         """Change a token's output count."""
         row, index = self._row, self._index.get(token)
         if index is None:
-            index = self._index[token] = row.num_seen
+            index = row.num_seen
             if index == len(row.seen_ids):
                 grown = [np.concatenate([c, np.zeros_like(c)]) for c in _columns(row)]
                 row.set_seen(grown, index)
+            self._index[token] = index
             row.seen_ids[index] = token
             row.set_num_seen(index + 1)
         row.seen_counts[index] += amount

@@ -202,22 +202,25 @@ class Workspace:
     def _reserve(self, num_rows: int) -> None:
         if num_rows <= self._capacity:
             return
-        self._capacity = num_rows
-        self._given = None
-        self.positions = np.zeros(num_rows, np.int64)
-        self.params = np.zeros(num_rows, np.uint64)
-        self.masks = np.zeros(num_rows, np.uint64)
-        self.mask_words = np.zeros(num_rows, np.int32)
-        self._room = room = Choices(
+        # All are made before any is let go: where memory runs out in between, the addresses
+        # still are those of arrays that live.
+        positions, params = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.uint64)
+        masks, mask_words = np.zeros(num_rows, np.uint64), np.zeros(num_rows, np.int32)
+        room = Choices(
             np.zeros(num_rows, np.int32),
             np.zeros(num_rows, np.uint8),
             np.zeros(num_rows, np.float64),
             np.zeros((num_rows, MAX_TOP), np.int32),
             np.zeros((num_rows, MAX_TOP), np.float64),
         )
-        arrays: list[NDArray[Any]] = [self.params, self.positions, self.masks, self.mask_words]
+        arrays: list[NDArray[Any]] = [params, positions, masks, mask_words]
         arrays += [room.tokens, room.faults, room.logprobs, room.top_ids, room.top_logprobs]
-        self.addresses = [_address(array) for array in arrays]
+        addresses = [_address(array) for array in arrays]
+        self.positions, self.params, self.masks, self.mask_words = (
+            positions, params, masks, mask_words,
+        )  # fmt: skip
+        self._room, self.addresses, self._given = room, addresses, None
+        self._capacity = num_rows
 
     def choices(self, num_rows: int, num_top: int) -> Choices:
         """Room for ``num_rows`` rows with ``num_top`` alternatives, holding anything."""
