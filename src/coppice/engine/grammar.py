@@ -3,9 +3,9 @@
 The work is llguidance's (derivative-based regular expressions and an Earley parser, so
 time is linear in the text for regular expressions; look-around and back references do not
 exist). Compilation drops the interpreter lock and is bounded by `_JSON_LIMITS` and
-`_LARK_LIMITS`; the HTTP process compiles before admission to refuse what is wrong, the
-engine compiles again to use it. Whitespace in JSON is at most one space, or a newline with
-up to 32 spaces, so a constrained answer cannot run on in blanks.
+`_LARK_LIMITS`; before admission a cell (`coppice.engine.cell`) compiles to refuse what is
+wrong, the engine compiles again to use it. Whitespace in JSON is at most one space, or a
+newline with up to 32 spaces, so a constrained answer cannot run on in blanks.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class GrammarCompiler:
 
     def compile(self, grammar: Grammar) -> GrammarState:
         """A fresh state at the grammar's start; raises as `check` does."""
-        from coppice.engine.grammar_state import GrammarState  # numpy: not for the HTTP process
+        from coppice.engine.grammar_state import GrammarState  # numpy: not for the cell
 
         key = _key(grammar)
         matcher = self._compiled.get(key)

@@ -14,9 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llguidance import LLMatcher
-
-from coppice.engine.grammar import JSON_OPTIONS, schema_grammar
 from coppice.engine.json_schema import check_schema
 from coppice.engine.request import Grammar
 from coppice.engine.tool_parser import HERMES, MAX_NAME, PLAIN_JSON, ToolCallParser, ToolFormat
@@ -129,6 +126,10 @@ def _arguments_schema(function: dict[str, Any], warnings: list[str]) -> dict[str
             param="tools",
         )
     schema = {**schema, "type": "object"}
+    from llguidance import LLMatcher  # not for the HTTP process, which reads plans only
+
+    from coppice.engine.grammar import schema_grammar
+
     try:
         check_schema(schema, "tools")
         error = LLMatcher.validate_grammar(schema_grammar(schema))
@@ -171,6 +172,8 @@ def _choice(tool_choice: Any, schemas: dict[str, Any]) -> tuple[str, str | None]
 
 
 def _lark(fmt: ToolFormat, schemas: dict[str, Any], *, free_text: bool, many: bool) -> str:
+    from coppice.engine.grammar import JSON_OPTIONS
+
     rest = fmt.opening.removeprefix(fmt.trigger)
     repeat = ""
     if many and fmt.separator is not None:

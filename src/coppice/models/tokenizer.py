@@ -200,10 +200,14 @@ class Tokenizer:
         return self._decoder.stream(keep_leading_space=keep_leading_space)
 
     def chat_template(self, *, tools: bool = False) -> str | None:
-        """The template to use: ``tool_use`` when there are tools and one is named so."""
-        if tools and "tool_use" in self.chat_templates:
-            return self.chat_templates["tool_use"]
-        return self.chat_templates.get("default")
+        """The template to use, see `chat_template_name`."""
+        name = self.chat_template_name(tools=tools)
+        return None if name is None else self.chat_templates[name]
+
+    def chat_template_name(self, *, tools: bool = False) -> str | None:
+        """Which template to use: ``tool_use`` when there are tools and one is named so."""
+        names = ("tool_use", "default") if tools else ("default",)
+        return next((name for name in names if name in self.chat_templates), None)
 
     def require_vocab(self, model_vocab_size: int) -> None:
         """Check that every id fits the model's embedding.

@@ -110,7 +110,7 @@ class Server:
             await serving
             await self.services.engine.close(0.0 if self._forced.is_set() else CLOSE_GRACE_S)
             if self.services.text is not None:
-                self.services.text.close()
+                await self.services.text.close()
         return 0
 
     async def _load(self, listener: socket.socket) -> bool:
@@ -129,6 +129,8 @@ class Server:
         gc.enable()
         give_back()
         self._say_ready(listener)
+        if self.services.text is not None:
+            self.services.text.begin()
         return True
 
     async def _load_both(self) -> None:

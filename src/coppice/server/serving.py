@@ -130,7 +130,7 @@ async def _requests(
     prepared = await plan.prepare(text, facts)
     params = plan.params
     if prepared.grammar is not None:
-        await text.check(prepared.grammar)
+        await text.check(prepared.grammar, call.key.tenant)
         params = msgspec.structs.replace(params, grammar=prepared.grammar)
     remaining = max(call.deadline - time.monotonic(), 1e-3)
     requests = []

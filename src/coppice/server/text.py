@@ -1,39 +1,56 @@
-"""Tokenizing and rendering off the event loop."""
+"""Tokenizing, rendering and compiling off the event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
+from coppice.engine.cell_jobs import (
+    Check,
+    Grammars,
+    Planned,
+    PlanTools,
+    Render,
+    Rendered,
+    Templates,
+)
 from coppice.engine.detokenize import TextAssembler
-from coppice.engine.grammar import GrammarCompiler
 from coppice.engine.request import Grammar, Request
+from coppice.engine.toolcalls import ToolPlan, plan_tools
 from coppice.errors import GrammarError, TemplateError
-from coppice.models.template import prepare_messages, render_chat
 from coppice.models.tokenizer import Tokenizer
+from coppice.server.cells import Cells, Kind
 from coppice.server.convert import CHARS_PER_CONTEXT_TOKEN
 
 T = TypeVar("T")
-COMPILE_TIMEOUT_S = 2.0
+TEMPLATES = Kind("templates", 1.0, TemplateError, "Rendering the conversation")
+GRAMMARS = Kind("grammars", 2.0, GrammarError, "Compiling the grammar, or the tools,")
 SHORT_CHARS = 2048
 """Text this short is tokenized on the spot: cheaper than a change of thread."""
 
 
 class TextService:
-    """The model's tokenizer and chat template behind a small pool of threads.
+    """The model's tokenizer behind a small pool of threads; templates and grammars in cells.
 
     Args:
         tokenizer: the model's.
-        threads: how many calls may tokenize or render at once.
+        threads: how many calls may tokenize at once.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, threads: int = 2) -> None:
         self.tokenizer = tokenizer
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="text")
-        self._grammars: GrammarCompiler | None = None
+        self._templates = Cells(TEMPLATES, self._template_setup)
+        self._grammars = Cells(GRAMMARS, self._grammar_setup)
+
+    def begin(self) -> None:
+        """Start the process that renders; the one for grammars starts when there is one."""
+        if self.tokenizer.chat_templates:
+            self._templates.begin()
 
     async def encode(self, text: str, *, add_special_tokens: bool, context: int) -> list[int]:
         """Token ids.
@@ -60,51 +77,55 @@ class TextService:
         options: dict[str, Any] | None,
         *,
         context: int,
+        tenant: str = "",
     ) -> str:
         """The prompt a conversation becomes.
 
         Raises:
             TemplateError: there is no template, it refuses the messages, or takes too long.
         """
-        template = self.tokenizer.chat_template(tools=tools is not None)
-        if template is None:
+        name = self.tokenizer.chat_template_name(tools=tools is not None)
+        if name is None:
             raise TemplateError("The model has no chat template; use /v1/completions instead.")
+        conversation = json.dumps((messages, tools, options))
+        job = Render(name, conversation, CHARS_PER_CONTEXT_TOKEN * context)
+        answer = await self._templates.ask(job, tenant)
+        assert isinstance(answer, Rendered)
+        return answer.text
 
-        def work() -> str:
-            return render_chat(
-                template,
-                prepare_messages(template, messages),
-                tools=tools,
-                special_tokens=self.tokenizer.special_tokens,
-                options=options,
-                max_chars=CHARS_PER_CONTEXT_TOKEN * context,
-            )
+    async def plan_tools(
+        self, tools: list[Any], choice: Any, *, parallel: bool, tenant: str = ""
+    ) -> ToolPlan:
+        """How the answer may call tools (`coppice.engine.toolcalls.plan_tools`).
 
-        return await self.run(work)
+        Raises:
+            RequestError, GrammarError: as that does; or it takes too long.
+        """
+        if not tools:
+            return plan_tools(tools, choice, parallel=parallel)
+        answer = await self._grammars.ask(PlanTools(json.dumps((tools, choice)), parallel), tenant)
+        assert isinstance(answer, Planned)
+        return answer.plan
 
-    @property
-    def template(self) -> str | None:
-        """The chat template used with tools, which shows how calls are written."""
-        return self.tokenizer.chat_template(tools=True)
-
-    async def check(self, grammar: Grammar) -> None:
+    async def check(self, grammar: Grammar, tenant: str = "") -> None:
         """Compile a grammar, to refuse it before it reaches the engine.
 
         Raises:
             GrammarError: invalid, unsupported, impossible, or not compiled in time.
         """
-        try:
-            async with asyncio.timeout(COMPILE_TIMEOUT_S):
-                await self.run(partial(self._compiler().check, grammar))
-        except TimeoutError:
-            raise GrammarError(
-                f"The grammar was not compiled within {COMPILE_TIMEOUT_S:g} s; make it simpler."
-            ) from None
+        await self._grammars.ask(Check(grammar), tenant)
 
-    def _compiler(self) -> GrammarCompiler:
-        if self._grammars is None:
-            self._grammars = GrammarCompiler(self.tokenizer)
-        return self._grammars
+    def _template_setup(self) -> Templates:
+        return Templates(self.tokenizer.chat_templates, self.tokenizer.special_tokens)
+
+    def _grammar_setup(self) -> Grammars:
+        known = self.tokenizer
+        return Grammars(
+            tokens=[known.token_bytes(token) for token in range(known.vocab_size)],
+            eos_ids=known.eos_ids,
+            special_ids=tuple(sorted(known.special_ids)),
+            template=known.chat_template(tools=True),
+        )
 
     def assembler(self, request: Request, *, continues_prompt: bool) -> TextAssembler:
         """What turns one choice's tokens into text."""
@@ -118,9 +139,11 @@ class TextService:
             min_tokens=params.min_tokens,
         )
 
-    def close(self) -> None:
-        """Let the threads go."""
+    async def close(self) -> None:
+        """Let the threads and the cells go."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        await self._templates.close()
+        await self._grammars.close()
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run something slow in a thread of the pool."""

@@ -9,10 +9,11 @@ from typing import Any
 
 from coppice.engine.request import Grammar
 from coppice.engine.tool_parser import ArgumentsDelta, CallBegin, ContentDelta, ToolEvent
-from coppice.engine.toolcalls import ToolPlan, plan_tools
+from coppice.engine.toolcalls import ToolPlan
 from coppice.errors import RequestError
 from coppice.server import convert
 from coppice.server.protocol.chat import ChatRequest, NamedToolChoice
+from coppice.server.text import TextService
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,8 @@ class Turn:
     warnings: tuple[str, ...] = ()
 
 
-def plan_turn(body: ChatRequest, template: str | None) -> Turn:
-    """Read tools, tool choice and response format; may take a while for large schemas.
+async def plan_turn(body: ChatRequest, text: TextService, tenant: str = "") -> Turn:
+    """Read tools, tool choice and response format.
 
     Raises:
         RequestError: they contradict each other.
@@ -44,9 +45,8 @@ def plan_turn(body: ChatRequest, template: str | None) -> Turn:
     choice: Any = body.tool_choice
     if isinstance(choice, NamedToolChoice):
         choice = {"type": "function", "function": {"name": choice.function.name}}
-    plan = plan_tools(
-        tools, choice, parallel=body.parallel_tool_calls is not False, template=template
-    )
+    parallel = body.parallel_tool_calls is not False
+    plan = await text.plan_tools(tools, choice, parallel=parallel, tenant=tenant)
     if plan.grammar is not None and grammar is not None:
         raise RequestError(
             "tools cannot be combined with a format for the answer; set tool_choice to 'none'.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,7 +18,7 @@ from coppice.server.json_body import BoundedRoute
 from coppice.server.protocol.chat import ChatReply, ChatRequest, RenderReply
 from coppice.server.replies import Frame, Gathered, chat_logprobs
 from coppice.server.routes.documented import ERRORS, STREAMED
-from coppice.server.services import services_of
+from coppice.server.services import caller_of, services_of
 from coppice.server.serving import Plan, Prepared, Route, answer
 from coppice.server.stream import event, while_connected
 from coppice.server.text import TextService
@@ -51,9 +50,10 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         frame = frame.warn(turn.is_.warnings)
         return _chunks(frame, generation, turn.is_, token_bytes if body.logprobs else None)
 
-    return await answer(
-        request, body, ROUTE, plan=lambda: _plan(body, turn), whole=whole, chunks=chunks
-    )
+    def plan() -> Plan:
+        return _plan(body, turn, caller_of(request).tenant)
+
+    return await answer(request, body, ROUTE, plan=plan, whole=whole, chunks=chunks)
 
 
 @router.post(ROUTE.path + "/render", response_model=RenderReply, responses=ERRORS)
@@ -65,19 +65,20 @@ async def render(body: ChatRequest, request: Request) -> Response:
     warnings = review(body, strict=services.config.strict_fields)
     turn = _Turn()
     with convert.blaming(ROUTE.prompt):
-        prompt, tokens = await while_connected(request.receive, _prompt(body, turn, text, facts))
+        asking = _prompt(body, turn, caller_of(request).tenant, text, facts)
+        prompt, tokens = await while_connected(request.receive, asking)
     warnings += turn.is_.warnings
     reply: dict[str, Any] = {"prompt": prompt, "tokens": tokens, "count": len(tokens)}
     return JSONResponse(reply | ({"warnings": warnings} if warnings else {}))
 
 
 class _Turn:
-    """The turn, once `_prompt` has planned it (off the event loop)."""
+    """The turn, once `_prompt` has planned it."""
 
     is_ = Turn()
 
 
-def _plan(body: ChatRequest, turn: _Turn) -> Plan:
+def _plan(body: ChatRequest, turn: _Turn, tenant: str) -> Plan:
     params = convert.sampling(
         body,
         max_tokens=convert.chat_max_tokens(body),
@@ -85,7 +86,7 @@ def _plan(body: ChatRequest, turn: _Turn) -> Plan:
     )
 
     async def prepare(text: TextService, facts: ModelFacts) -> Prepared:
-        _, prompt = await _prompt(body, turn, text, facts)
+        _, prompt = await _prompt(body, turn, tenant, text, facts)
         return Prepared([prompt], turn.is_.grammar)
 
     return Plan(
@@ -98,15 +99,16 @@ def _plan(body: ChatRequest, turn: _Turn) -> Plan:
 
 
 async def _prompt(
-    body: ChatRequest, turn: _Turn, text: TextService, facts: ModelFacts
+    body: ChatRequest, turn: _Turn, tenant: str, text: TextService, facts: ModelFacts
 ) -> tuple[str, list[int]]:
     convert.check_characters(convert.message_characters(body.messages), facts.context_length)
-    turn.is_ = await text.run(partial(plan_turn, body, text.template))
+    turn.is_ = await plan_turn(body, text, tenant)
     prompt = await text.render(
         convert.openai_messages(body.messages),
         turn.is_.tools,
         body.chat_template_kwargs,
         context=facts.context_length,
+        tenant=tenant,
     )
     # The template has written BOS and the like itself.
     context = facts.context_length

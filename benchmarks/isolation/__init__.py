@@ -1,0 +1,1 @@
+"""What it costs that templates and grammars have processes of their own."""
