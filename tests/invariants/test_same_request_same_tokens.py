@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from coppice.engine.config import EngineConfig
@@ -10,6 +12,7 @@ from tests.kits.invariance import (
     ARRANGEMENTS,
     SCHEDULED,
     SPECULATED,
+    TIERED,
     Arrangement,
     Outcome,
     make_requests,
@@ -57,6 +60,26 @@ def test_same_tokens_and_logprobs(
     found = outcomes(model, config, requests, arrangement, seed=5, answers=answers)
     wrong = [key for key in expected if found[key] != expected[key]]
     assert not wrong, f"{len(wrong)} of {NUM_REQUESTS} differ, first {wrong[0]}"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(c, marks=() if c in ("float32", "kv-int8") else pytest.mark.slow)
+        for c in CONFIGS
+    ],
+    indirect=True,
+)
+@pytest.mark.parametrize("arrangement", TIERED, ids=str)
+def test_same_from_every_tier(
+    model: EngineModel,
+    config: EngineConfig,
+    expected: dict[str, Outcome],
+    arrangement: Arrangement,
+    tmp_path: Path,
+) -> None:
+    requests = make_requests(model, NUM_REQUESTS, 1)
+    assert outcomes(model, config, requests, arrangement, seed=5, folder=tmp_path) == expected
 
 
 @pytest.mark.parametrize(

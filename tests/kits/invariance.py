@@ -44,6 +44,9 @@ class Arrangement:
     """A setting of the engine, or ``"gossip"``: trees of truth and lies."""
     policy: PolicyName = "fcfs"
     order: OrderName = "arrival"
+    tier: str = ""
+    """``ram`` or ``disk``, where the pool has room for little; ``restart`` too, with another
+    engine to find what the first left on disk."""
 
     def __str__(self) -> str:
         return "-".join(
@@ -55,6 +58,7 @@ class Arrangement:
                 self.speculate,
                 *(() if self.policy == "fcfs" else (self.policy,)),
                 *(() if self.order == "arrival" else (self.order,)),
+                *((self.tier,) if self.tier else ()),
             )
         )
 
@@ -82,6 +86,14 @@ SCHEDULED = [
     if (policy, order) != ("fcfs", "arrival")
 ]
 """Every policy with every order, among neighbours of several tenants, under preemption."""
+
+TIERED = [
+    Arrangement(batched, 64, True, preempt, speculate, tier=tier)
+    for tier, (batched, preempt, speculate) in itertools.product(
+        ("ram", "disk", "ram-disk", "restart"),
+        ((False, False, "off"), (True, True, "off"), (True, True, "suffix")),
+    )
+]
 
 
 class RandomPreemption:
@@ -141,11 +153,13 @@ def outcomes(
     arrangement: Arrangement,
     seed: int = 0,
     answers: Sequence[Sequence[int]] = (),
+    folder: Path | None = None,
 ) -> dict[str, Outcome]:
     """Run ``requests`` under ``arrangement``; what came of each, by id.
 
     Args:
         answers: prompt and answer tokens for ``speculate="gossip"``.
+        folder: for pages on disk.
     """
     gossip = arrangement.speculate == "gossip"
     config = replace(
@@ -159,6 +173,13 @@ def outcomes(
         order=arrangement.order,
         tenant_limit=10_000,
     )
+    if arrangement.tier:
+        config = replace(
+            config,
+            kv_cache_mib=1,
+            kv_ram_mib=64 if "ram" in arrangement.tier else 0,
+            kv_disk_dir=None if arrangement.tier == "ram" else str(folder),
+        )
     requests = [_dressed(request, i) for i, request in enumerate(requests)]
     if gossip:
         speculator = gossiper(answers, seed, model.facts.vocab_size)
@@ -172,6 +193,9 @@ def outcomes(
         for request in requests:
             warm = msgspec.structs.replace(request, id=f"warm-{request.id}")
             run(engine, [warm])
+    if arrangement.tier == "restart":
+        engine.close()
+        engine = Engine(model, config, planner=planner, speculator=speculator)
     if not arrangement.batched:
         found = {}
         for request in requests:
@@ -179,6 +203,12 @@ def outcomes(
     else:
         found = _run_among_neighbours(engine, model, requests, seed)
     engine.check_pages()
+    if arrangement.tier:
+        assert engine.pages.tiers is not None
+        hits = engine.pages.tiers.hits
+        engine.close()
+        assert sum(hits.values()) > 0, "no page came back: the arrangement tested nothing"
+        assert arrangement.tier != "restart" or hits["disk"] > 0
     if isinstance(planner, RandomPreemption):
         assert planner.count > 0, "nothing was preempted: the arrangement tested nothing"
     if arrangement.speculate != "off":

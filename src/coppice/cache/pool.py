@@ -1,10 +1,12 @@
-"""The storage of KV pages: one tensor pair per layer."""
+"""The storage of KV pages: one tensor pair per layer, all of one piece of memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from coppice.kernels.pages import empty_pages, move_keys, move_values
@@ -20,20 +22,32 @@ class KVPool:
     """
 
     def __init__(self, layout: KVLayout, num_pages: int) -> None:
-        shape = layout.shape(num_pages)
         self.layout = layout
         self.num_pages = num_pages
-        self.k: list[Tensor] = []
-        self.v: list[Tensor] = []
-        for _ in range(layout.num_layers):
-            self.k.append(empty_pages(shape, layout.dtype, layout.device))
-            self.v.append(empty_pages(shape, layout.dtype, layout.device))
+        self._all = empty_pages(
+            (2 * layout.num_layers, *layout.shape(num_pages)), layout.dtype, layout.device
+        )
+        self.k: list[Tensor] = list(self._all[0::2])
+        self.v: list[Tensor] = list(self._all[1::2])
 
     def copy_page(self, src: int, dst: int) -> None:
         """Copy one page's K and V of every layer (copy-on-write of a shared tail)."""
-        for k, v in zip(self.k, self.v, strict=True):
-            k[dst].copy_(k[src])
-            v[dst].copy_(v[src])
+        self._all[:, dst].copy_(self._all[:, src])
+
+    def read_page(self, page: int) -> NDArray[np.uint8]:
+        """A copy of every byte of a page, ``[page_bytes]``."""
+        return self._bytes[:, page].flatten()
+
+    def write_page(self, page: int, data: NDArray[np.uint8]) -> None:
+        """Fill a page with what `read_page` gave."""
+        bytes_ = self._bytes
+        bytes_[:, page] = data.reshape(len(bytes_), -1)
+
+    @property
+    def _bytes(self) -> NDArray[np.uint8]:
+        """The pages' memory as ``[2 * layers, P, bytes]``, copied by one thread unlike a tensor."""
+        made: NDArray[np.uint8] = self._all.flatten(2).view(torch.uint8).numpy()
+        return made
 
     def move(self, pages: Sequence[int], moves: Sequence[tuple[int, int]]) -> None:
         """Copy K and V of token indexes of one sequence, all read before any is written.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from coppice.cache.pages import PageAllocator
 
@@ -20,13 +21,17 @@ Key = tuple[int, ...]
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One full page of tokens after its parent's; the root of a scope has page -1."""
+    """One full page of tokens after its parent's; the root of a scope has page -1.
+
+    ``mark`` is its keeper's (`coppice.cache.marks`).
+    """
 
     key: Key
     page: int
     parent: Node | None
     children: dict[Key, Node] = field(default_factory=dict)
     scope: str = ""
+    mark: bytes = b""
     last_use: int = 0
     queued: bool = False
 
@@ -48,16 +53,32 @@ class Match:
     tail_tokens: int = 0
 
 
+class PageKeeper(Protocol):
+    """Whoever keeps pages beyond the tree's own time."""
+
+    def sealed(self, node: Node) -> None:
+        """A page has become part of the tree."""
+        ...
+
+    def evicted(self, node: Node) -> None:
+        """A page is about to leave the tree; its bytes are still there."""
+        ...
+
+
 class PrefixTree:
     """Finds, keeps and evicts shared prefix pages.
 
     Args:
         allocator: owns the reference counts.
         page_size: tokens a page.
+        keeper: told of every page that comes and goes.
     """
 
-    def __init__(self, allocator: PageAllocator, page_size: int) -> None:
+    def __init__(
+        self, allocator: PageAllocator, page_size: int, keeper: PageKeeper | None = None
+    ) -> None:
         self._allocator = allocator
+        self._keeper = keeper
         self._page_size = page_size
         self._roots: dict[str, Node] = {}
         self._clock = 0
@@ -104,6 +125,8 @@ class PrefixTree:
             self._allocator.adopt(page)
             self.num_pages += 1
             self._enqueue(node)
+            if self._keeper is not None:
+                self._keeper.sealed(node)
         elif node.page != page:
             self._allocator.retain(node.page)
             self._allocator.release(page)
@@ -134,14 +157,18 @@ class PrefixTree:
             self._enqueue(node)
         return freed
 
-    def pages(self) -> Iterator[int]:
-        """Every page the tree holds, once."""
+    def nodes(self) -> Iterator[Node]:
+        """Every page's node, parents before children."""
         stack = list(self._roots.values())
         while stack:
             node = stack.pop()
             if node.page >= 0:
-                yield node.page
+                yield node
             stack.extend(node.children.values())
+
+    def pages(self) -> Iterator[int]:
+        """Every page the tree holds, once."""
+        return (node.page for node in self.nodes())
 
     def _enqueue(self, node: Node) -> None:
         if not node.queued:
@@ -152,6 +179,8 @@ class PrefixTree:
     def _remove(self, node: Node) -> None:
         parent = node.parent
         assert parent is not None
+        if self._keeper is not None:
+            self._keeper.evicted(node)
         del parent.children[node.key]
         self.num_pages -= 1
         self._allocator.evict(node.page)

@@ -110,6 +110,29 @@ class EngineConfig(RoomConfig):
         True,
         "Keep KV pages of finished prompts and reuse them for equal beginnings.",
     )
+    kv_ram_mib: int = setting(
+        0,
+        "Memory in MiB for prefix pages the KV cache has no room for, beside 'kv_cache_mib'.",
+        minimum=0,
+        maximum=1 << 24,
+    )
+    kv_disk_dir: str | None = setting(
+        None,
+        "Folder for prefix pages on disk, where a restarted server finds them; none keeps none. "
+        "They hold what users wrote, readable by this user only.",
+    )
+    kv_disk_mib: int = setting(
+        4096,
+        "Most MiB in 'kv_disk_dir'; the oldest pages go first.",
+        minimum=1,
+        maximum=1 << 32,
+    )
+    kv_disk_hours: float = setting(
+        168.0,
+        "Hours after which pages in 'kv_disk_dir' are deleted.",
+        minimum=0.01,
+        maximum=87600.0,
+    )
     seed: int = setting(
         0,
         "Seed from which requests of this process that bring none draw theirs; servers draw anew.",
@@ -233,6 +256,11 @@ class EngineConfig(RoomConfig):
                 f"Policy {self.policy!r} knows no weights; set policy to fair or drop "
                 "tenant_weights.",
                 param="tenant_weights",
+            )
+        if not self.prefix_cache and (self.kv_ram_mib or self.kv_disk_dir is not None):
+            raise ConfigError(
+                "kv_ram_mib and kv_disk_dir keep prefixes; set prefix_cache too, or drop them.",
+                param="prefix_cache",
             )
         if self.page_size & (self.page_size - 1):
             raise ConfigError(

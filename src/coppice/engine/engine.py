@@ -36,12 +36,12 @@ from coppice.engine.messages import (
     TokenLogprob,
 )
 from coppice.engine.metering import Meter
-from coppice.engine.pages import SequencePages
 from coppice.engine.request import Grammar, Request
 from coppice.engine.sampler import SamplerState
 from coppice.engine.sequence import Sequence
 from coppice.engine.speculate import load_draft, make_speculator
 from coppice.engine.step import StepRunner, Walk
+from coppice.engine.tiering import make_pages
 from coppice.errors import ContextOverflowError, RequestError, RowFaultError
 from coppice.kernels import expect_work
 from coppice.scheduling import (
@@ -103,7 +103,7 @@ class Engine:
             num_pages * config.page_size,
         )
         pool = KVPool(layout, num_pages)
-        self.pages = SequencePages(pool, prefix_cache=config.prefix_cache)
+        self.pages = make_pages(config, model, pool)
         max_pages = -(-self.context_length // config.page_size) + 1
         self._batch = BatchLayout(config.max_rows, config.max_sequences, max_pages)
         self._runner = StepRunner(model.decoder, pool, self.pages, self._batch)
@@ -162,7 +162,7 @@ class Engine:
             self._held_back[request.id] = later
         if request.deadline_s is not None:
             heapq.heappush(self._deadlines, (self.clock() + request.deadline_s, request.id))
-        self._enqueue(sequence)
+        self._waiting.push(sequence)
 
     def cancel(
         self, request_id: str, reason: CancelReason = "cancelled", index: int | None = None
@@ -189,7 +189,7 @@ class Engine:
                 continue
             sequence.parked = on
             if not on:
-                self._enqueue(sequence)
+                self._waiting.push(sequence)
             elif sequence.slot >= 0:
                 self._stop_running(sequence)
             else:
@@ -260,6 +260,7 @@ class Engine:
 
     def close(self) -> None:
         """The last call: what is kept between starts is written."""
+        self.pages.close()
         if self._speculator is not None:
             self._speculator.close()
 
@@ -335,9 +336,6 @@ class Engine:
             self._grammars = GrammarCompiler(self.model.tokenizer)
         return self._grammars.compile(grammar)
 
-    def _enqueue(self, sequence: Sequence) -> None:
-        self._waiting.push(sequence)
-
     def _release_held_back(self, request_id: str, *, enqueue: bool) -> list[Sequence]:
         """Create the choices that waited for the first one's prompt to be cached."""
         held_back = self._held_back.pop(request_id, None)
@@ -349,7 +347,7 @@ class Engine:
         sequences.extend(new)
         if enqueue:
             for sequence in new:
-                self._enqueue(sequence)
+                self._waiting.push(sequence)
         return new
 
     # -- a step ----------------------------------------------------------------------------
@@ -374,7 +372,7 @@ class Engine:
         for sequence in plan.preempt:
             assert isinstance(sequence, Sequence)
             self._stop_running(sequence)
-            self._enqueue(sequence)
+            self._waiting.push(sequence)
             self._totals["preemptions"] += 1
         for sequence in plan.admit:
             assert isinstance(sequence, Sequence)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from coppice.cache import PageAllocator, PrefixTree
+from coppice.cache import Match, PageAllocator, PrefixTree
 from coppice.cache.pool import KVPool
+from coppice.cache.restore import Restorer
+from coppice.cache.tiers import Tiers
 from coppice.engine.sequence import Sequence
+
+FLUSH_S = 3.0
+"""How long a clean stop may write pages to disk."""
 
 
 class SequencePages:
@@ -15,14 +20,19 @@ class SequencePages:
     Args:
         pool: the storage.
         prefix_cache: keep finished and shared prefixes for reuse.
+        tiers: where prefixes go that the pool has no room for, and come back from.
     """
 
-    def __init__(self, pool: KVPool, *, prefix_cache: bool = True) -> None:
+    def __init__(
+        self, pool: KVPool, *, prefix_cache: bool = True, tiers: Tiers | None = None
+    ) -> None:
         self._pool = pool
         self._page_size = pool.layout.page_size
         self._prefix_cache = prefix_cache
         self.allocator = PageAllocator(pool.num_pages)
-        self.tree = PrefixTree(self.allocator, self._page_size)
+        self.tree = PrefixTree(self.allocator, self._page_size, tiers)
+        self.tiers = tiers
+        self._restorer = None if tiers is None else Restorer(self.allocator, self.tree, tiers)
         self.queried_tokens = 0
         self.hit_tokens = 0
 
@@ -32,11 +42,13 @@ class SequencePages:
         The last token is always left to compute: its logits are wanted.
 
         Returns:
-            False, with nothing held, when the pages are not there.
+            False, with nothing held, when the pages are not there, or not yet.
         """
         known = len(sequence.tokens) - 1
         if self._prefix_cache:
-            match = self.tree.match(sequence.tokens[:known], sequence.request.cache_salt)
+            match = self._match(sequence.tokens[:known], sequence.request.cache_salt)
+            if match is None:
+                return False
             sequence.pages = list(match.pages)
             sequence.node = match.node
             sequence.num_sealed = len(match.pages)
@@ -94,12 +106,26 @@ class SequencePages:
         sequence.num_sealed = 0
         sequence.num_computed = 0
 
+    def close(self) -> None:
+        """The last call: pages go to disk where that is wanted."""
+        if self.tiers is not None:
+            self.tiers.close(self.tree.nodes(), FLUSH_S)
+
     def check(self, running: Iterator[Sequence]) -> None:
         """Verify that every page is accounted for (`PageAllocator.check`)."""
         holders = list(self.tree.pages())
         for sequence in running:
             holders.extend(sequence.pages)
         self.allocator.check(holders)
+
+    def _match(self, tokens: list[int], scope: str) -> Match | None:
+        """What the tree has of the tokens once the tiers have given theirs; None until then."""
+        match = self.tree.match(tokens, scope)
+        if self._restorer is None:
+            return match
+        if not self._restorer.restore(match, tokens, self._page_size):
+            return None
+        return self.tree.match(tokens, scope)
 
     def _copy_tail(self, sequence: Sequence, page: int, num_tokens: int) -> None:
         """Copy-on-write of a page whose first ``num_tokens`` tokens are ours too."""

@@ -1,0 +1,198 @@
+"""The disk tier: a thread between the step loop and a `SegmentStore`.
+
+The loop never waits for a disk. Pages to be written stand in a bounded queue, and those that
+find it full are dropped; pages to be read are asked for ahead and taken when they are there.
+The first error of the system turns the tier off for good, with one warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Literal
+
+from coppice.cache.marks import PageKey
+from coppice.cache.ram import PageBytes
+from coppice.cache.segments import SegmentStore
+
+_log = logging.getLogger(__name__)
+
+QUEUE_BYTES = 32 << 20
+"""Most bytes waiting to be written."""
+STAGED_BYTES = 64 << 20
+"""Most bytes asked for and not yet taken."""
+GIVE_UP_S = 0.25
+"""A disk that brings nothing for so long is waited for no longer: the pages are computed."""
+EXPIRE_EVERY_S = 60.0
+
+
+class DiskTier:
+    """Pages on disk, written behind and read ahead.
+
+    Args:
+        store: belongs to this object's thread from now on.
+        page_bytes: of every page.
+    """
+
+    def __init__(self, store: SegmentStore, page_bytes: int) -> None:
+        self._store = store
+        self._queue_pages = max(4, QUEUE_BYTES // page_bytes)
+        self._staged_pages = max(4, STAGED_BYTES // page_bytes)
+        self._changed = threading.Condition()
+        self._queue: OrderedDict[bytes, tuple[PageKey, PageBytes]] = OrderedDict()
+        self._asked: OrderedDict[bytes, PageKey] = OrderedDict()
+        self._staged: OrderedDict[bytes, tuple[PageKey, PageBytes]] = OrderedDict()
+        self._last_read_s = 0.0
+        self._closing = False
+        self.why_off = ""
+        """Empty while the tier works."""
+        self.written = 0
+        self.dropped = 0
+        """Pages that found the queue full."""
+        self.secret = store.secret
+        self._thread = threading.Thread(target=self._run, name="kv-disk", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> Literal["on", "off"]:
+        """Whether it works."""
+        return "off" if self.why_off else "on"
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk."""
+        return self._store.size_bytes
+
+    @property
+    def damaged(self) -> int:
+        """Records that were not what they should be."""
+        return self._store.damaged
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __contains__(self, key: PageKey) -> bool:
+        if self.why_off:
+            return False
+        return key in self._store or key.mark in self._queue or key.mark in self._staged
+
+    def put(self, key: PageKey, data: PageBytes, *, timeout_s: float = 0.0) -> bool:
+        """Have a page written; False when the queue stays full."""
+        with self._changed:
+            if self.why_off or key in self:
+                return True
+            if not self._changed.wait_for(lambda: len(self._queue) < self._queue_pages, timeout_s):
+                self.dropped += 1
+                return False
+            self._queue[key.mark] = key, data
+            self._changed.notify_all()
+        return True
+
+    def wants(self, key: PageKey) -> bool:
+        """Whether `put` would do anything; a full queue is counted as a page dropped."""
+        if self.why_off or key in self:
+            return False
+        if len(self._queue) < self._queue_pages:
+            return True
+        self.dropped += 1
+        return False
+
+    def ask(self, keys: Sequence[PageKey]) -> None:
+        """Begin to read pages in order, as many as may be staged."""
+        with self._changed:
+            if len(self._staged) >= self._staged_pages:  # of somebody who does not wait any more
+                for mark in self._staged.keys() - {key.mark for key in keys}:
+                    del self._staged[mark]
+            if not self._asked:
+                self._last_read_s = time.monotonic()
+            for key in keys:
+                if len(self._asked) + len(self._staged) >= self._staged_pages:
+                    break
+                if key in self._store and key.mark not in self._staged:
+                    self._asked.setdefault(key.mark, key)
+            self._changed.notify_all()
+
+    def reading(self, key: PageKey, wait_s: float) -> bool:
+        """Whether a page may still come; asks for it if nobody has, and waits a little."""
+        with self._changed:
+            if key.mark not in self._asked:
+                self.ask([key])
+            if not self._changed.wait_for(lambda: key.mark not in self._asked, wait_s):
+                return time.monotonic() - self._last_read_s < GIVE_UP_S
+        return False
+
+    def take(self, key: PageKey) -> PageBytes | None:
+        """A page that has been read, or still waits to be written; None otherwise."""
+        with self._changed:
+            found = self._staged.pop(key.mark, None) or self._queue.get(key.mark)
+        return found[1] if found is not None and found[0] == key else None
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything is written; False when time or the disk ran out."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queue, timeout_s) and not self.why_off
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Stop, with what is in the queue lost; the folder is let go of."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+
+    # -- the thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._work()
+        except Exception as error:  # supervises the tier: without it, answers only come later
+            self._turn_off(error)
+        try:
+            self._store.close()
+        except OSError as error:
+            _log.warning("The KV disk tier was not closed cleanly: %s", error)
+
+    def _work(self) -> None:
+        """Wait for something to do and do one piece of it, reading first."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: bool(self._asked or self._queue or self._closing), EXPIRE_EVERY_S
+            )
+            asked = next(iter(self._asked.values()), None)
+            queued = next(iter(self._queue.values()), None)
+        if self._closing:
+            return
+        if asked is not None:
+            self._read(asked)
+        elif queued is not None:
+            key, data = queued
+            self._store.write(key, data)
+            with self._changed:
+                self.written += 1
+                del self._queue[key.mark]
+                self._changed.notify_all()
+        else:
+            self._store.expire()
+
+    def _read(self, key: PageKey) -> None:
+        data = self._store.read(key)
+        with self._changed:
+            self._last_read_s = time.monotonic()
+            self._asked.pop(key.mark, None)
+            if data is not None:
+                self._staged[key.mark] = key, data
+                while len(self._staged) > self._staged_pages:
+                    self._staged.popitem(last=False)
+            self._changed.notify_all()
+
+    def _turn_off(self, error: Exception) -> None:
+        with self._changed:
+            self.why_off = f"{type(error).__name__}: {error}"
+            self._queue.clear()
+            self._asked.clear()
+            self._staged.clear()
+            self._changed.notify_all()
+        _log.warning("KV pages are not kept on disk any more: %s", self.why_off)
