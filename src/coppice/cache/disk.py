@@ -8,13 +8,14 @@ The first error of the system turns the tier off for good, with one warning.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from coppice.cache.marks import PageKey
+from coppice.cache.marks import SECRET_BYTES, PageKey
 from coppice.cache.ram import PageBytes
 from coppice.cache.segments import SegmentStore
 
@@ -33,12 +34,12 @@ class DiskTier:
     """Pages on disk, written behind and read ahead.
 
     Args:
-        store: belongs to this object's thread from now on.
+        open_store: gives the store, which belongs to this object's thread from then on. Where it
+            raises `OSError` the tier is off from the start.
         page_bytes: of every page.
     """
 
-    def __init__(self, store: SegmentStore, page_bytes: int) -> None:
-        self._store = store
+    def __init__(self, open_store: Callable[[], SegmentStore], page_bytes: int) -> None:
         self._queue_pages = max(4, QUEUE_BYTES // page_bytes)
         self._staged_pages = max(4, STAGED_BYTES // page_bytes)
         self._changed = threading.Condition()
@@ -52,8 +53,18 @@ class DiskTier:
         self.written = 0
         self.dropped = 0
         """Pages that found the queue full."""
+        self.secret = secrets.token_bytes(SECRET_BYTES)
+        self._store: SegmentStore | None = None
+        self._thread: threading.Thread | None = None
+        try:
+            store = self._store = open_store()
+        except OSError as error:
+            self._turn_off(error)
+            return
         self.secret = store.secret
-        self._thread = threading.Thread(target=self._run, name="kv-disk", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(store,), name="kv-disk", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -64,18 +75,18 @@ class DiskTier:
     @property
     def size_bytes(self) -> int:
         """Bytes on disk."""
-        return self._store.size_bytes
+        return 0 if self._store is None else self._store.size_bytes
 
     @property
     def damaged(self) -> int:
         """Records that were not what they should be."""
-        return self._store.damaged
+        return 0 if self._store is None else self._store.damaged
 
     def __len__(self) -> int:
-        return len(self._store)
+        return 0 if self._store is None else len(self._store)
 
     def __contains__(self, key: PageKey) -> bool:
-        if self.why_off:
+        if self.why_off or self._store is None:
             return False
         return key in self._store or key.mark in self._queue or key.mark in self._staged
 
@@ -111,7 +122,7 @@ class DiskTier:
             for key in keys:
                 if len(self._asked) + len(self._staged) >= self._staged_pages:
                     break
-                if key in self._store and key.mark not in self._staged:
+                if key in self and key.mark not in self._staged and key.mark not in self._queue:
                     self._asked.setdefault(key.mark, key)
             self._changed.notify_all()
 
@@ -140,22 +151,23 @@ class DiskTier:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(timeout_s)
+        if self._thread is not None:
+            self._thread.join(timeout_s)
 
     # -- the thread ------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, store: SegmentStore) -> None:
         try:
             while not self._closing:
-                self._work()
+                self._work(store)
         except Exception as error:  # supervises the tier: without it, answers only come later
             self._turn_off(error)
         try:
-            self._store.close()
+            store.close()
         except OSError as error:
             _log.warning("The KV disk tier was not closed cleanly: %s", error)
 
-    def _work(self) -> None:
+    def _work(self, store: SegmentStore) -> None:
         """Wait for something to do and do one piece of it, reading first."""
         with self._changed:
             self._changed.wait_for(
@@ -166,19 +178,19 @@ class DiskTier:
         if self._closing:
             return
         if asked is not None:
-            self._read(asked)
+            self._read(store, asked)
         elif queued is not None:
             key, data = queued
-            self._store.write(key, data)
+            store.write(key, data)
             with self._changed:
                 self.written += 1
                 del self._queue[key.mark]
                 self._changed.notify_all()
         else:
-            self._store.expire()
+            store.expire()
 
-    def _read(self, key: PageKey) -> None:
-        data = self._store.read(key)
+    def _read(self, store: SegmentStore, key: PageKey) -> None:
+        data = store.read(key)
         with self._changed:
             self._last_read_s = time.monotonic()
             self._asked.pop(key.mark, None)
@@ -195,4 +207,4 @@ class DiskTier:
             self._asked.clear()
             self._staged.clear()
             self._changed.notify_all()
-        _log.warning("KV pages are not kept on disk any more: %s", self.why_off)
+        _log.warning("KV pages are not kept on disk from now on: %s", self.why_off)

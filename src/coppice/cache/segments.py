@@ -81,8 +81,10 @@ class SegmentStore:
             self._files.lock(self._lock)
             self.secret = self._read_secret()
             self._scan()
-        except BaseException:
+        except BaseException as error:
             self._files.close(self._lock)
+            if isinstance(error, BlockingIOError):
+                raise BlockingIOError(f"another server uses {self._folder}") from None
             raise
 
     def __len__(self) -> int:
@@ -117,8 +119,8 @@ class SegmentStore:
         form = segment.form
         try:
             file = self._open_for_reading(segment)
-        except FileNotFoundError:
-            self._forget(segment)
+        except FileNotFoundError:  # somebody deleted it
+            self._drop(segment)
             self.damaged += 1
             return None
         page = np.empty(form.page_bytes, np.uint8)

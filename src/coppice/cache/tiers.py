@@ -117,7 +117,7 @@ class Tiers:
         data, tier = None if self.ram is None else self.ram.take(key), "ram"
         if data is None and self.disk is not None:
             data, tier = self.disk.take(key), "disk"
-            self.misses["ram"] += 1
+            self.misses["ram"] += self.ram is not None
         if data is None:
             return False
         self._pool.write_page(page, data)

@@ -41,7 +41,7 @@ from coppice.engine.sampler import SamplerState
 from coppice.engine.sequence import Sequence
 from coppice.engine.speculate import load_draft, make_speculator
 from coppice.engine.step import StepRunner, Walk
-from coppice.engine.tiering import make_pages
+from coppice.engine.tiering import make_pages, tier_stats
 from coppice.errors import ContextOverflowError, RequestError, RowFaultError
 from coppice.kernels import expect_work
 from coppice.scheduling import (
@@ -249,6 +249,7 @@ class Engine:
             outcomes=dict(self.outcomes),
             draft_s=self._seconds["draft"],
             tree=self._runner.shown,
+            tiers=tier_stats(self.pages.tiers),
             **({} if self._speculator is None else self._speculator.figures()),
             usage=self.meter.usage,
         )

@@ -170,6 +170,28 @@ class StepTree(msgspec.Struct, frozen=True, kw_only=True):
     accepted: list[int]
 
 
+class TierStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What one tier behind the KV cache holds and did, in pages.
+
+    Attributes:
+        tier: ``ram`` or ``disk``.
+        state: ``on``, or ``off`` after a fault, which ``why`` names.
+        hits: brought back instead of computed; ``misses`` were looked for in vain.
+        written: to disk; ``dropped`` found the queue full, ``damaged`` were not the same.
+    """
+
+    tier: str
+    state: str = "on"
+    why: str = ""
+    pages: int = 0
+    size_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    written: int = 0
+    dropped: int = 0
+    damaged: int = 0
+
+
 class StepStats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Gauges and running totals, sent a few times a second while there is work."""
 
@@ -202,6 +224,7 @@ class StepStats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     history_bytes: int = 0
     """Memory of earlier answers and of the requests' own indexes."""
     history_evicted: int = 0
+    tiers: list[TierStats] = []
     tree: StepTree | None = None
     """The largest token tree of the last step that had one."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import secrets
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,11 +20,10 @@ from coppice.cache.segments import SegmentStore
 from coppice.cache.tiers import Tiers
 from coppice.engine.config import EngineConfig
 from coppice.engine.loading import EngineModel
+from coppice.engine.messages import TierStats
 from coppice.engine.pages import SequencePages
 from coppice.errors import ConfigError
 from coppice.kernels import describe
-
-_log = logging.getLogger(__name__)
 
 SEGMENT_BYTES = 64 << 20
 """Aimed at; less where the bound would hold fewer than eight of them."""
@@ -53,7 +53,10 @@ def make_tiers(
     if not config.kv_ram_mib and config.kv_disk_dir is None:
         return None
     namespace = fingerprint(model, pool)
-    disk = None if config.kv_disk_dir is None else _open(config, namespace, pool, files)
+    disk = None
+    if config.kv_disk_dir is not None:
+        open_store = _store(config, config.kv_disk_dir, namespace, pool, files)
+        disk = DiskTier(open_store, pool.layout.page_bytes)
     secret = secrets.token_bytes(SECRET_BYTES) if disk is None else disk.secret
     return Tiers(
         pool,
@@ -61,6 +64,40 @@ def make_tiers(
         ram=RamTier(config.kv_ram_mib << 20) if config.kv_ram_mib else None,
         disk=disk,
     )
+
+
+def tier_stats(tiers: Tiers | None) -> list[TierStats]:
+    """Figures of the tiers there are."""
+    found: list[TierStats] = []
+    if tiers is None:
+        return found
+    hits, misses = tiers.hits, tiers.misses
+    if (ram := tiers.ram) is not None:
+        found.append(
+            TierStats(
+                tier="ram",
+                pages=len(ram),
+                size_bytes=ram.size_bytes,
+                hits=hits["ram"],
+                misses=misses["ram"],
+            )
+        )
+    if (disk := tiers.disk) is not None:
+        found.append(
+            TierStats(
+                tier="disk",
+                state=disk.state,
+                why=disk.why_off,
+                pages=len(disk),
+                size_bytes=disk.size_bytes,
+                hits=hits["disk"],
+                misses=misses["disk"],
+                written=disk.written,
+                dropped=disk.dropped,
+                damaged=disk.damaged,
+            )
+        )
+    return found
 
 
 def fingerprint(model: EngineModel, pool: KVPool) -> bytes:
@@ -76,9 +113,10 @@ def fingerprint(model: EngineModel, pool: KVPool) -> bytes:
     return digest.digest()
 
 
-def _open(
-    config: EngineConfig, namespace: bytes, pool: KVPool, files: Files | None
-) -> DiskTier | None:
+def _store(
+    config: EngineConfig, folder: str, namespace: bytes, pool: KVPool, files: Files | None
+) -> Callable[[], SegmentStore]:
+    """Opens the configured store."""
     layout, bound = pool.layout, config.kv_disk_mib << 20
     slots = max(1, min(SEGMENT_BYTES, bound // 8) // layout.page_bytes)
     form = SegmentForm(namespace, layout.page_size, layout.page_bytes, min(slots, MOST_SLOTS))
@@ -88,19 +126,11 @@ def _open(
             f"at least {(form.file_bytes >> 20) + 1}, got {config.kv_disk_mib}.",
             param="kv_disk_mib",
         )
-    try:
-        store = SegmentStore(
-            Path(config.kv_disk_dir or "").expanduser(),
-            form,
-            bound_bytes=bound,
-            max_age_s=config.kv_disk_hours * 3600.0,
-            files=files,
-        )
-    except BlockingIOError:
-        why = "another server uses it"
-    except OSError as error:
-        why = str(error)
-    else:
-        return DiskTier(store, layout.page_bytes)
-    _log.warning("KV pages are not kept in %s: %s.", config.kv_disk_dir, why)
-    return None
+    return partial(
+        SegmentStore,
+        Path(folder).expanduser(),
+        form,
+        bound_bytes=bound,
+        max_age_s=config.kv_disk_hours * 3600.0,
+        files=files,
+    )

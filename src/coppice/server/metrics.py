@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 KINDS = ("prompt", "cached", "computed", "recomputed", "generated", "drafted", "accepted")
 """Token counts of `Usage`."""
+TIER_FIGURES = (
+    ("up", "1 while the tier works, 0 after a fault.", False),
+    ("pages", "KV pages held.", False),
+    ("size_bytes", "Bytes held.", False),
+    ("hits", "KV pages brought back instead of computed.", True),
+    ("misses", "KV pages looked for in vain.", True),
+    ("written", "KV pages written.", True),
+    ("dropped", "KV pages not written, since the queue was full.", True),
+    ("damaged", "KV pages that were not what had been written.", True),
+)
+"""Name, help and whether it only grows, of `TierStats`."""
 TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2.5)
 
 
@@ -191,6 +202,7 @@ class _Figures(Collector):
             yield self._gauge("kv_pages", "KV pages there are.", stats.num_pages)
             yield self._gauge("waiting_tokens", "Prompt tokens waiting.", stats.waiting_tokens)
             yield from self._usage(stats)
+            yield from self._tiers(stats)
             yield self._total("engine_steps", "Steps.", stats.steps)
             yield self._total("engine_rows", "Rows of all steps.", stats.rows)
             yield self._total("engine_model_seconds", "Time in the model.", stats.model_s)
@@ -198,6 +210,17 @@ class _Figures(Collector):
             yield self._gauge(
                 "prefill_rate_tokens_per_second", "Measured prefill.", stats.prefill_rate_tok_s
             )
+
+    def _tiers(self, stats: StepStats) -> Iterator[Metric]:
+        """Where prefix pages lie that the KV cache has no room for."""
+        for name, help_, is_total in TIER_FIGURES:
+            family: Metric
+            kind = CounterMetricFamily if is_total else GaugeMetricFamily
+            family = kind(f"coppice_kv_tier_{name}", help_, labels=["tier"])
+            for tier in stats.tiers:
+                value = tier.state == "on" if name == "up" else getattr(tier, name)
+                family.add_metric([tier.tier], float(value))
+            yield family
 
     def _usage(self, stats: StepStats) -> Iterator[Metric]:
         """What every tenant and key used."""

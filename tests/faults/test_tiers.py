@@ -1,0 +1,278 @@
+"""Whatever happens to KV pages in RAM and on disk, the tokens are the same."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+
+from coppice.cache.files import Files
+from coppice.engine.config import EngineConfig
+from coppice.engine.engine import Engine
+from coppice.engine.loading import EngineModel, load_engine_model
+from coppice.engine.request import Request
+from tests.faults.test_engine_killed import kill_engine, wait_ready
+from tests.kits.faulty_files import FaultyFiles
+from tests.kits.invariance import Outcome, make_requests, run
+from tests.kits.load import STORY
+from tests.kits.models import SMALL
+from tests.kits.server import ServerProcess
+
+SEED = int(os.environ.get("TEST_SEED", "1"))
+CONFIG = EngineConfig(model=SMALL, kv_cache_mib=1, max_sequences=8)
+
+
+@pytest.fixture(scope="module")
+def model() -> EngineModel:
+    return load_engine_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def requests(model: EngineModel) -> list[Request]:
+    """Twelve prompts of four to six pages, more than the pool holds at a time."""
+    made = make_requests(model, 12, SEED)
+    text = model.tokenizer.encode(STORY * 9)
+    return [
+        msgspec.structs.replace(request, prompt=[*text[i : i + 130 + 6 * i]])
+        for i, request in enumerate(made)
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(model: EngineModel, requests: list[Request]) -> dict[str, Outcome]:
+    return run(Engine(model, replace(CONFIG, prefix_cache=False)), requests)
+
+
+def engine_with(
+    model: EngineModel, folder: Path, files: Files | None, monkeypatch: pytest.MonkeyPatch
+) -> Engine:
+    if files is not None:
+        monkeypatch.setattr("coppice.cache.segments.Files", lambda: files)
+    return Engine(model, replace(CONFIG, kv_disk_dir=str(folder)))
+
+
+def rounds(engine: Engine, requests: list[Request], expected: dict[str, Outcome]) -> None:
+    """Every request three times, one by one, all cached pages thrown out in between."""
+    for _ in range(3):
+        for request in requests:
+            assert run(engine, [request])[request.id] == expected[request.id]
+            engine.check_pages()
+        engine.pages.tree.evict(1 << 20)
+        engine.pages.tiers.disk.flush(5.0)  # type: ignore[union-attr]
+    engine.close()
+    engine.check_pages()
+
+
+FATAL: list[dict[str, Any]] = [
+    {"room_bytes": 0},
+    {"room_bytes": 40},
+    {"room_bytes": 300_000},
+    *({"fail": {"write": n}} for n in (0, 1, 7)),
+    *({"fail": {"read": n}} for n in (0, 1, 5)),
+    *({"fail": {"open": n}} for n in (0, 1, 2, 3)),
+    {"fail": {"names": 0}},
+]
+
+
+@pytest.mark.parametrize("faults", FATAL, ids=str)
+def test_full_disks_and_errors_turn_the_tier_off_and_change_no_token(
+    model: EngineModel,
+    requests: list[Request],
+    expected: dict[str, Outcome],
+    faults: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    files = FaultyFiles(SEED, **faults)
+    with caplog.at_level(logging.WARNING):
+        engine = engine_with(model, tmp_path, files, monkeypatch)
+        rounds(engine, requests, expected)
+    (tier,) = engine.stats().tiers
+    assert files.faults and tier.state == "off"
+    assert "space left" in tier.why or "Input/output" in tier.why
+    assert len([r for r in caplog.records if "not kept on disk" in r.message]) == 1
+
+
+def test_rot_is_a_miss(
+    model: EngineModel,
+    requests: list[Request],
+    expected: dict[str, Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = FaultyFiles(SEED, rot=0.02)
+    engine = engine_with(model, tmp_path, files, monkeypatch)
+    rounds(engine, requests, expected)
+    (tier,) = engine.stats().tiers
+    assert files.faults and tier.state == "on"
+    assert tier.damaged > 0 and tier.hits > 0 and tier.misses > 0
+
+
+@pytest.mark.parametrize("how", ["cut", "flip", "delete", "empty", "noise"])
+def test_files_damaged_between_starts_are_misses(
+    model: EngineModel,
+    requests: list[Request],
+    expected: dict[str, Outcome],
+    how: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rounds(engine_with(model, tmp_path, None, monkeypatch), requests, expected)
+    paths = list((tmp_path / "coppice-kv").glob("*.kv"))
+    assert paths
+    rng = random.Random(SEED)
+    for path in paths:
+        size = path.stat().st_size
+        if how == "cut":
+            os.truncate(path, rng.randrange(size // 4, size - 1))
+        elif how == "delete":
+            path.unlink()
+        elif how == "empty":
+            os.truncate(path, 0)
+        elif how == "noise":
+            path.write_bytes(rng.randbytes(size))
+        else:
+            content = bytearray(path.read_bytes())
+            for _ in range(200):
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            path.write_bytes(content)
+    engine = engine_with(model, tmp_path, None, monkeypatch)
+    rounds(engine, requests, expected)
+    (tier,) = engine.stats().tiers
+    assert tier.state == "on" and tier.written > 0
+
+
+def test_a_folder_that_cannot_be_made_is_a_warning(
+    model: EngineModel,
+    requests: list[Request],
+    expected: dict[str, Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("")
+    engine = engine_with(model, tmp_path / "file" / "kv", None, monkeypatch)
+    rounds(engine, requests, expected)
+    assert engine.stats().tiers[0].state == "off"
+
+
+def test_of_two_servers_with_one_folder_the_second_does_without(
+    model: EngineModel,
+    requests: list[Request],
+    expected: dict[str, Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = engine_with(model, tmp_path, None, monkeypatch)
+    second = engine_with(model, tmp_path, None, monkeypatch)
+    rounds(second, requests, expected)
+    rounds(first, requests, expected)
+    assert "another server" in second.stats().tiers[0].why
+    assert first.stats().tiers[0].hits > 0
+
+
+class SlowFiles(Files):
+    """A disk that takes its time over every page."""
+
+    slow = False
+
+    def read(self, file: int, buffers: Sequence[Any], at: int) -> int:
+        if self.slow:
+            time.sleep(3.0)
+        return super().read(file, buffers, at)
+
+
+def test_a_disk_that_hangs_holds_nobody_up(
+    model: EngineModel,
+    requests: list[Request],
+    expected: dict[str, Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = SlowFiles()
+    engine = engine_with(model, tmp_path, files, monkeypatch)
+    asked, other = requests[0], requests[1]
+    run(engine, [asked])
+    engine.pages.tree.evict(1 << 20)
+    assert engine.pages.tiers.disk.flush(5.0)  # type: ignore[union-attr]
+    files.slow = True
+    engine.submit(other)
+    engine.step()
+    engine.submit(asked)
+    longest, tokens = 0.0, {asked.id: [], other.id: []}  # type: ignore[var-annotated]
+    began = time.monotonic()
+    while engine.has_work:
+        step_began = time.monotonic()
+        for output in engine.step():
+            tokens[output.request_id] += output.tokens
+        longest = max(longest, time.monotonic() - step_began)
+    took = time.monotonic() - began
+    assert tuple(tokens[asked.id]) == expected[asked.id][0]
+    assert longest < 1.0 and took < 2.5, (longest, took)
+    assert engine.stats().tiers[0].hits == 0
+
+
+def test_pages_of_one_tenant_are_never_found_by_another(
+    model: EngineModel,
+    requests: list[Request],
+    expected: dict[str, Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def scoped(tenant: str) -> list[Request]:
+        return [msgspec.structs.replace(r, cache_salt=f"{tenant}\n") for r in requests]
+
+    config = replace(CONFIG, kv_disk_dir=str(tmp_path), kv_ram_mib=16)
+    engine = Engine(model, config)
+    for request in scoped("alice"):
+        run(engine, [request])
+    engine.close()
+    engine = Engine(model, config)  # alice's pages are on disk now
+    for tenant, finds in (("bob", False), ("alice", True)):
+        request = scoped(tenant)[-1]
+        assert run(engine, [request])[request.id] == expected[request.id]
+        assert (sum(t.hits for t in engine.stats().tiers) > 0) == finds
+    engine.close()
+
+
+BODY = {"prompt": STORY * 12, "max_tokens": 24, "seed": 5}
+
+
+def answer(server: ServerProcess, **more: Any) -> tuple[str, int]:
+    """Text and how much of the prompt was cached."""
+    with server.http() as http:
+        made = http.post("/v1/completions", json=BODY | more).raise_for_status().json()
+    return made["choices"][0]["text"], made["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_prefixes_survive_a_restart_of_the_server_and_a_killed_engine(tmp_path: Path) -> None:
+    engine = {"kv_cache_mib": 8, "kv_disk_dir": str(tmp_path), "kv_disk_mib": 64}
+    with ServerProcess(SMALL, engine=engine) as server:
+        cold, cached = answer(server)
+        assert cached == 0
+        server.stop()
+    with ServerProcess(SMALL, engine=engine) as server:
+        again, cached = answer(server)
+        assert again == cold
+        assert cached >= 300
+        assert answer(server, cache_salt="another") == (cold, 0)
+        kill_engine(server)
+        time.sleep(0.1)
+        wait_ready(server)
+        again, cached = answer(server)
+        assert again == cold and cached >= 300
+        with server.http() as http:
+            metrics = http.get("/metrics").text
+        assert 'coppice_kv_tier_up{tier="disk"} 1.0' in metrics
+        assert 'coppice_kv_tier_hits_total{tier="disk"} 0.0' not in metrics
+        assert server.info()["engine"]["tiers"][0]["state"] == "on"
+        assert psutil.pid_exists(server.process.pid)
