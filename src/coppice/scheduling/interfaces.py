@@ -7,7 +7,7 @@ has at most three methods; a policy that cannot run in the simulator has no plac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -259,8 +259,13 @@ class Retention(Protocol):
 class Partition(Protocol):
     """How a device is shared by a prefill and a decode lane."""
 
-    def split(self, prefill_rows: int, decode_rows: int, kv_used: float) -> int:
-        """Units for prefill; the rest decodes."""
+    def split(self, times: Callable[[int], tuple[float, float]], kv_used: float) -> int:
+        """Units for prefill; the rest decodes.
+
+        Args:
+            times: seconds of the next prefill and the next decode step, by units for prefill.
+            kv_used: share of KV pages in use.
+        """
         ...
 
 

@@ -75,6 +75,10 @@ class VirtualSequence:
         return self.num_tokens - self.num_prompt
 
 
+Batch = list[tuple[VirtualSequence, int]]
+"""Sequences of a step and how many tokens each will have computed after it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """What a virtual engine has; names and defaults as `EngineConfig`'s."""
@@ -166,7 +170,20 @@ class VirtualEngine:
         """Plan and carry out one step; the seconds it took."""
         while self._deadlines and self._deadlines[0][0] <= self.now:
             self.cancel(heapq.heappop(self._deadlines)[2], "expired")
-        plan = self.planner.plan(self.snapshot())
+        batch = self.begin(self.snapshot())
+        rows = keys = 0
+        for sequence, end in batch:
+            done = sequence.num_computed
+            rows += end - done
+            keys += (end - done) * (done + end) // 2
+        took = self.step_time(rows, keys, len(batch))
+        self.now += took
+        self.commit(batch)
+        return took
+
+    def begin(self, snapshot: Snapshot) -> Batch:
+        """Plan, preempt, admit and take pages; what is to be computed."""
+        plan = self.planner.plan(snapshot)
         self.why = plan.why
         for victim in plan.preempt:
             sequence = _own(victim)
@@ -180,29 +197,23 @@ class VirtualEngine:
                 break
         for passed in plan.overtaken:
             _own(passed).overtaken += 1
-        rows = keys = 0
-        ran: list[tuple[VirtualSequence, int]] = []
+        batch: Batch = []
         for view, num_rows in plan.grants:
             sequence = _own(view)
-            if not sequence.num_pages:
-                continue
-            done = sequence.num_computed
-            end = min(done + num_rows, sequence.num_tokens)
-            if not self.pages.grow(sequence, end):
-                continue
-            ran.append((sequence, end))
-            rows += end - done
-            keys += (end - done) * (done + end) // 2
-        took = self.step_time(rows, keys, len(ran)) if ran else self.step_time(0, 0, 0)
-        self.now += took
+            end = min(sequence.num_computed + num_rows, sequence.num_tokens)
+            if sequence.num_pages and self.pages.grow(sequence, end):
+                batch.append((sequence, end))
         self.steps += 1
-        for sequence, end in ran:
+        return batch
+
+    def commit(self, batch: Batch) -> None:
+        """What was begun is computed by now."""
+        for sequence, end in batch:
             sequence.num_computed = end
             if sequence.blocks:
                 self.pages.share(sequence)
             if end == sequence.num_tokens:
                 self._accept(sequence)
-        return took
 
     def _enter(self, sequence: VirtualSequence) -> bool:
         if not self.pages.attach(sequence, use_cache=self.sizes.prefix_cache):

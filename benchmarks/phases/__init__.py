@@ -1,0 +1,1 @@
+"""Deferral windows against eager batching."""

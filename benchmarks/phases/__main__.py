@@ -1,0 +1,246 @@
+"""``python -m benchmarks.phases [--quick]``: prefill and decode side by side, and long prompts.
+
+In the simulator: Qwen2.5-3B on devices of 16, 92 and 108 units, three requests in ten of the
+lengths of arXiv papers and their abstracts, the others of Azure's chats, arriving at random at
+0.7 and 1.25 times the rate whose arithmetic keeps the device busy. One lane runs chunked prefill,
+first come first served, in steps of 512 and of 2,048 rows; two lanes are Nexus's. On this
+machine, with random weights in the shape of Qwen2.5-0.5B at int8: the longest time between two
+tokens of an answer while a prompt of 4,000 tokens runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from benchmarks.report import Goal, Report
+from benchmarks.workloads.azure import DATA, text_tokens
+from coppice.engine.config import EngineConfig
+from coppice.engine.engine import Engine
+from coppice.engine.loading import EngineModel, load_engine_model
+from coppice.engine.request import Request, SamplingParams
+from coppice.scheduling.flows import InOrder
+from coppice.scheduling.interfaces import RequestOrder
+from coppice.scheduling.lanes import ModelWork, VirtualLanes
+from coppice.scheduling.orders import ByArrival, ShortestPrompt
+from coppice.scheduling.partition import Device, automatic
+from coppice.scheduling.planner import StepPlanner
+from coppice.scheduling.policy import Policy
+from coppice.scheduling.traces import read_trace
+from coppice.scheduling.virtual import Sizes, VirtualEngine, VirtualSequence
+from tools.make_model import make_model
+
+WORK = ModelWork(
+    flops_per_row=2 * 3.09e9, weight_bytes=6.2e9, flops_per_key=4 * 2048 * 36, kv_bytes=36_864
+)
+"""Qwen2.5-3B in bfloat16."""
+PAGE_SIZE = 32
+KV_BYTES = 30e9
+DEVICES = {
+    "16 cores": Device(units=16, flops_per_s=8e12, bytes_per_s=2e11, launch_s=1e-3),
+    "L20": Device(units=92, flops_per_s=84e12, bytes_per_s=7.3e11, launch_s=2e-3),
+    "A100": Device(units=108, flops_per_s=218e12, bytes_per_s=1.7e12, launch_s=2e-3),
+}
+"""Seven tenths of what is printed on the box in arithmetic, 85% in bandwidth."""
+LOADS = {"light": 0.7, "heavy": 1.25}
+AGEING = 0.002
+"""What a second of waiting is worth in the order of prompts: this part of a second's rows."""
+LONG = 4000
+
+
+@dataclass(frozen=True)
+class Found:
+    """Means in seconds; ``long_s`` is the 95th percentile of the longest tenth of prompts."""
+
+    ttft_s: float
+    tbt_s: float
+    late_tbt_s: float
+    long_s: float
+    seconds: float
+
+
+def main() -> int:
+    """Every device and load with one lane and with two; then this machine."""
+    parser = argparse.ArgumentParser(prog="benchmarks.phases", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer requests")
+    args = parser.parse_args()
+    count = 600 if args.quick else 1500
+    report = Report(
+        "phases", ["device", "load", "lanes", "mean TTFT s", "mean TBT ms", "p95 TBT ms", "long s"]
+    )
+    ttft, tbt, long, alone = {}, {}, {}, {}
+    for name, device in DEVICES.items():
+        capacity = 1 / statistics.mean(map(partial(seconds_of, device), requests(1.0, count)))
+        for load, share in LOADS.items():
+            rate = share * capacity
+            found = {
+                "one, 512 rows": simulate(device, requests(rate, count), 512),
+                "one, 2048 rows": simulate(device, requests(rate, count), 2048),
+                "two": simulate(device, requests(rate, count), 2048, lanes=True),
+                "one, in their order": simulate(
+                    device, requests(rate, count), 2048, order=_shortest(device)
+                ),
+            }
+            for label, f in found.items():
+                report.rows.append(
+                    [name, load, label, f"{f.ttft_s:.2f}", f"{f.tbt_s * 1e3:.1f}",
+                     f"{f.late_tbt_s * 1e3:.1f}", f"{f.long_s:.1f}"]
+                )  # fmt: skip
+            two = found.pop("two")
+            order = found.pop("one, in their order")
+            alone[f"{name}, {load}"] = order.ttft_s / two.ttft_s
+            one = min(found.values(), key=lambda f: f.ttft_s)
+            ttft[f"{name}, {load}"] = one.ttft_s / two.ttft_s
+            tbt[f"{name}, {load}"] = two.tbt_s / one.tbt_s
+            long[f"{name}, {load}"] = two.long_s / one.long_s
+    report.metrics |= {
+        "ttft_ratio": ttft,
+        "tbt_ratio": tbt,
+        "long_ratio": long,
+        "same_order_ratio": alone,
+    }
+    heavy = [key for key in ttft if key.endswith("heavy")]
+    report.goals += [
+        Goal.at_least(
+            "mean TTFT of one lane over two, heavy, least", min(ttft[k] for k in heavy), 2
+        ),
+        Goal.at_most("its mean TBT over one lane's, most", max(tbt[k] for k in heavy), 1.0),
+        Goal.at_most("p95 TTFT of the longest tenth, over one lane", max(long.values()), 1.5),
+    ]
+    _on_this_machine(report, rounds=1 if args.quick else 3)
+    return report.finish()
+
+
+def requests(rate: float, count: int, seed: int = 1) -> list[VirtualSequence]:
+    """Papers and chats, mixed."""
+    rng = random.Random(seed)
+    with gzip.open(DATA / "vidur_profiles" / "arxiv_summarization_lengths.csv.gz", "rt") as file:
+        papers = [
+            (int(row["num_prefill_tokens"]), int(row["num_decode_tokens"]))
+            for row in csv.DictReader(file)
+        ]
+    chats = [(a.prompt, a.answer) for a in read_trace(DATA / "azure_llm_2023" / "conv.csv.gz")]
+    now, made = 0.0, []
+    for i in range(count):
+        now += rng.expovariate(rate)
+        prompt, answer = rng.choice(papers if rng.random() < 0.3 else chats)
+        made.append(
+            VirtualSequence(
+                arrival=i, num_prompt=prompt, num_answer=max(2, answer), submitted_s=now
+            )
+        )
+    return made
+
+
+def seconds_of(device: Device, sequence: VirtualSequence) -> float:
+    """Arithmetic of a request on all units: what a device that is busy must do for it."""
+    batch = [(sequence, sequence.num_prompt)]
+    answer = sequence.num_answer * WORK.flops_per_row
+    return (sum(o.flops for o in WORK.of(batch)) + answer) / device.flops_per_s
+
+
+def simulate(
+    device: Device,
+    sequences: list[VirtualSequence],
+    rows: int,
+    *,
+    order: RequestOrder | None = None,
+    lanes: bool = False,
+) -> Found:
+    """One run; by arrival in one lane, shortest first in two, unless an order is given."""
+    last: dict[int, float] = {}
+    gaps: list[float] = []
+
+    def told(sequence: VirtualSequence, now: float) -> None:
+        if sequence.arrival in last:
+            gaps.append(now - last[sequence.arrival])
+        last[sequence.arrival] = now
+
+    order = order or (_shortest(device) if lanes else ByArrival())
+    sizes = Sizes(
+        num_pages=int(KV_BYTES / WORK.kv_bytes / PAGE_SIZE), page_size=PAGE_SIZE, max_rows=rows,
+        prefill_chunk=min(rows, 512), max_sequences=256, prefix_cache=False,
+    )  # fmt: skip
+    engine = VirtualEngine(
+        lambda rows, keys, sequences: 0.0, sizes, Policy(InOrder(), order),
+        planner=StepPlanner(), on_token=told,
+    )  # fmt: skip
+    VirtualLanes(engine, device, WORK, automatic(device) if lanes else None).play(sequences)
+    longest = sorted(sequences, key=lambda s: s.num_prompt)[-len(sequences) // 10 :]
+    return Found(
+        statistics.mean(s.first_token_s - s.submitted_s for s in sequences),
+        statistics.mean(gaps),
+        statistics.quantiles(gaps, n=20)[-1],
+        statistics.quantiles([s.first_token_s - s.submitted_s for s in longest], n=20)[-1],
+        engine.now,
+    )
+
+
+def _shortest(device: Device) -> ShortestPrompt:
+    return ShortestPrompt(AGEING * device.flops_per_s / WORK.flops_per_row)
+
+
+def _on_this_machine(report: Report, *, rounds: int) -> None:
+    """The engine's one lane: gaps between tokens beside a long prompt, whole and in chunks."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        make_model("qwen2.5-0.5b", folder)
+        config = EngineConfig(
+            model=str(folder), quantization="int8", context_length=2 * LONG, keep_packed=False
+        )
+        model = load_engine_model(config)
+    whole = replace(config, max_rows=LONG + 64, prefill_chunk=LONG)
+    gaps: dict[str, list[float]] = {"whole": [], "in chunks": []}
+    for _ in range(rounds):
+        for name, settings in (("whole", whole), ("in chunks", config)):
+            gaps[name].append(_worst_gap(model, settings))
+    worst = {name: statistics.median(found) for name, found in gaps.items()}
+    for name, seconds in worst.items():
+        report.rows.append(
+            ["this machine", f"a prompt of {LONG}", f"one, {name}", "", "",
+             f"worst {seconds * 1e3:.0f}", ""]
+        )  # fmt: skip
+    report.metrics["worst_gap_s"] = worst
+    report.goals.append(
+        Goal.at_most("worst gap beside a long prompt, in chunks over whole",
+                     worst["in chunks"] / worst["whole"], 0.3)
+    )  # fmt: skip
+    report.goals.append(
+        Goal.unmeasured("automatic mode over one lane, this machine", ">= 0.97",
+                        "the engine has one lane")
+    )  # fmt: skip
+
+
+def _worst_gap(model: EngineModel, config: EngineConfig) -> float:
+    """Longest wait between two tokens of a short request, a long one arriving meanwhile."""
+    unbounded = StepPlanner() if config.prefill_chunk >= LONG else None
+    engine = Engine(model, config, planner=unbounded)
+    vocab = model.facts.vocab_size
+    params = SamplingParams(max_tokens=600, temperature=0.0, ignore_eos=True)
+    engine.submit(Request(id="short", prompt=text_tokens(32, vocab, 1), sampling=params))
+    for _ in range(20):
+        engine.step()
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    engine.submit(Request(id="long", prompt=text_tokens(LONG, vocab, 2), sampling=params))
+    worst, last, ended = 0.0, time.perf_counter(), False
+    while not ended:
+        outputs = engine.step()
+        if any(output.request_id == "short" for output in outputs):
+            now = time.perf_counter()
+            worst, last = max(worst, now - last), now
+        ended = any(output.request_id == "long" for output in outputs)
+    engine.close()
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())
