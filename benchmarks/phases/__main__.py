@@ -29,7 +29,7 @@ from coppice.engine.engine import Engine
 from coppice.engine.loading import EngineModel, load_engine_model
 from coppice.engine.request import Request, SamplingParams
 from coppice.scheduling.flows import InOrder
-from coppice.scheduling.interfaces import RequestOrder
+from coppice.scheduling.interfaces import Plan, RequestOrder, Snapshot
 from coppice.scheduling.lanes import ModelWork, VirtualLanes
 from coppice.scheduling.orders import ByArrival, ShortestPrompt
 from coppice.scheduling.partition import Device, automatic
@@ -220,10 +220,17 @@ def _on_this_machine(report: Report, *, rounds: int) -> None:
     )  # fmt: skip
 
 
+class Whole(StepPlanner):
+    """Steps as large as the settings allow, however long they take."""
+
+    def plan(self, snapshot: Snapshot) -> Plan:
+        """See `Planner`."""
+        return super().plan(replace(snapshot, max_rows=LONG + 64))
+
+
 def _worst_gap(model: EngineModel, config: EngineConfig) -> float:
     """Longest wait between two tokens of a short request, a long one arriving meanwhile."""
-    unbounded = StepPlanner() if config.prefill_chunk >= LONG else None
-    engine = Engine(model, config, planner=unbounded)
+    engine = Engine(model, config, planner=Whole() if config.prefill_chunk >= LONG else None)
     vocab = model.facts.vocab_size
     params = SamplingParams(max_tokens=600, temperature=0.0, ignore_eos=True)
     engine.submit(Request(id="short", prompt=text_tokens(32, vocab, 1), sampling=params))
