@@ -15,7 +15,7 @@ from coppice.server.early import EarlyRefusal
 from coppice.server.errors import install_handlers
 from coppice.server.guard import Guard, RequestIds
 from coppice.server.limits import BodyLimits
-from coppice.server.routes import chat, completions, health, models, operate, text
+from coppice.server.routes import chat, completions, health, models, operate, resume, text
 from coppice.server.services import Services
 
 PAGE_FOLDER = Path(__file__).parent / "page"
@@ -51,7 +51,7 @@ def build_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     install_handlers(app)
-    for room in (chat, completions, models, text, health, operate):
+    for room in (chat, completions, models, text, health, operate, resume):
         app.include_router(room.router)
     install_document(app, services)
     if page is not None:

@@ -33,6 +33,7 @@ class Call:
         deadline: monotonic time.
         permit: its place, once admitted.
         generation: once submitted.
+        resumable: its stream can be taken up.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Call:
     permit: Permit | None = None
     generation: Generation | None = None
     cancelled: CancelReason | None = None
+    resumable: bool = False
 
     def cancel(self, reason: CancelReason = "cancelled") -> None:
         """End it now; its reply holds what there is."""

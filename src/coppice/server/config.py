@@ -58,6 +58,13 @@ class ServerConfig(RoomConfig):
         60.0, "How long a stream's reader may stand still before its request is cancelled.",
         minimum=0.1,
     )  # fmt: skip
+    journal: str | None = setting(
+        None, "Folder of the journal; with it streams can be taken up by their id, even after the "
+        "server process died.",
+    )  # fmt: skip
+    resume_s: float = setting(
+        60.0, "How long a resumable stream runs on without its client.", minimum=0.1
+    )
     ping_s: float = setting(
         15.0, "Silence after which a stream gets a comment, so that proxies keep it open.",
         minimum=PING_MIN_S, maximum=PING_MAX_S,

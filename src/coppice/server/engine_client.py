@@ -124,16 +124,29 @@ class AsyncEngine:
             )  # fmt: skip
         self._replay.require_harmless(request)
 
-    def submit(self, request: Request, queue: asyncio.Queue[Output]) -> None:
+    def submit(
+        self, request: Request, queue: asyncio.Queue[Output], known: Sequence[Output] = ()
+    ) -> None:
         """Hand over a request; its outputs arrive on ``queue``.
 
         While the engine is being started again the request waits for it.
+
+        Args:
+            request: what is wanted.
+            queue: where its outputs go.
+            known: what was heard of it before; it goes on from there.
 
         Raises:
             CoppiceError: as `require` does.
         """
         self.require(request)
-        live = self.live[request.id] = LiveRequest(request, queue)
+        live = LiveRequest(request, queue)
+        for output in known:
+            live.take(output)
+        live.started = False
+        if not live.open:
+            return
+        self.live[request.id] = live
         if self.state == "ready":
             self._replay.give(live)
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from bisect import bisect_left
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
+
+from msgspec.structs import replace
 
 from coppice.engine.detokenize import TextAssembler, TokenText
 from coppice.engine.messages import CancelReason, Output, TokenLogprob
@@ -44,6 +48,12 @@ class Delta:
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+
+    def add(self, later: Delta) -> None:
+        """Take in what came after."""
+        self.text += later.text
+        self.scores += later.scores
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 
 
 @dataclass(slots=True)
@@ -122,6 +132,8 @@ class Generation:
         requests: one per prompt.
         assembler: makes the text assembler of one choice of a request.
         deadline: monotonic time after which the call expires.
+        heard: told of each output as it is taken; with it, every token makes a delta of its
+            own, so that the deltas of a choice do not depend on how tokens came together.
     """
 
     def __init__(
@@ -131,10 +143,13 @@ class Generation:
         assembler: Callable[[Request], TextAssembler],
         *,
         deadline: float,
+        heard: Callable[[Output], None] | None = None,
     ) -> None:
         self._engine = engine
-        self._requests = requests
+        self.requests = requests
         self._deadline = deadline
+        self._heard = heard
+        self._known = 0
         self._queue: asyncio.Queue[Output] = asyncio.Queue()
         self._choices: dict[tuple[str, int], Choice] = {}
         for request in requests:
@@ -192,30 +207,39 @@ class Generation:
             queue_s=self.queue_s,
         )
 
-    def submit(self) -> None:
+    def submit(self, known: Sequence[Output] = ()) -> None:
         """Hand all requests to the engine.
+
+        Args:
+            known: what an engine has said of them before; they go on from there.
 
         Raises:
             CapacityError: the engine is gone for good; nothing was left behind.
             PoisonedError: the engine died of the same request before.
         """
-        for request in self._requests:
+        for request in self.requests:
             self._engine.require(request)
-        for request in self._requests:
-            self._engine.submit(request, self._queue)
+        self._known = len(known)
+        for output in known:
+            self._queue.put_nowait(output)
+        for request in self.requests:
+            mine = [output for output in known if output.request_id == request.id]
+            self._engine.submit(request, self._queue, mine)
 
     def cancel(self, reason: CancelReason = "cancelled") -> None:
         """End what still runs; `deltas` then yields the endings the engine reports."""
-        for request in self._requests:
+        for request in self.requests:
             self._engine.cancel(request.id, reason)
 
     def abandon(self) -> None:
         """End what still runs and listen no more; harmless when all has ended."""
-        for request in self._requests:
+        for request in self.requests:
             self._engine.forget(request.id)
 
     async def deltas(self) -> AsyncGenerator[list[Delta], None]:
         """Yield what is new, everything at hand at once, until all choices have ended.
+
+        At most one delta of each choice, by index; with ``heard``, one of each token.
 
         When the consumer is slower than the engine, a later batch simply holds more.
 
@@ -227,7 +251,7 @@ class Generation:
         timer = asyncio.get_running_loop().call_later(left, self._expire)
         try:
             while open_choices:
-                batch: dict[int, Delta] = {}
+                batch: list[Delta] = []
                 for output in await self._next_outputs():
                     key = (output.request_id, output.index)
                     if key in open_choices:
@@ -235,12 +259,13 @@ class Generation:
                         if self._choices[key].ending is not None:
                             open_choices.discard(key)
                 if batch:
-                    yield [batch[index] for index in sorted(batch)]
+                    yield batch
         finally:
             timer.cancel()
             self.abandon()
 
-    def _take(self, output: Output, batch: dict[int, Delta]) -> None:
+    def _take(self, output: Output, batch: list[Delta]) -> None:
+        """Add what an output brings to the deltas at hand."""
         choice = self._choices[output.request_id, output.index]
         self._cached[output.request_id] = max(
             self._cached.get(output.request_id, 0), output.cached_tokens
@@ -251,6 +276,19 @@ class Generation:
             self.first_token_s = time.monotonic()
         if output.times is not None and self.queue_s is None:
             self.queue_s = max(0.0, output.times[1] - output.times[0])
+        if self._heard is not None:
+            for part in _by_token(output):
+                if choice.ending is None:
+                    batch.append(self._read(choice, part))
+            return
+        delta = self._read(choice, output)
+        place = bisect_left(batch, choice.index, key=attrgetter("index"))
+        if place < len(batch) and batch[place].index == choice.index:
+            batch[place].add(delta)
+        else:
+            batch.insert(place, delta)
+
+    def _read(self, choice: Choice, output: Output) -> Delta:
         try:
             delta = choice.take(output)
         except CoppiceError:
@@ -262,19 +300,20 @@ class Generation:
             ) from error
         if choice.assembler.stop_reason is not None and output.finish_reason is None:
             self._engine.cancel(output.request_id, "stop", output.index)
-        known = batch.setdefault(choice.index, delta)
-        if known is not delta:
-            known.text += delta.text
-            known.scores += delta.scores
-            known.finish_reason = delta.finish_reason
-            known.stop_reason = delta.stop_reason
+            if self._heard is not None:  # the engine's word for it may come too late
+                self._heard(replace(output, tokens=[], logprobs=None, finish_reason="stop"))
+        return delta
 
     async def _next_outputs(self) -> list[Output]:
         outputs = [await self._queue.get()]
         while not self._queue.empty():
             outputs.append(self._queue.get_nowait())
-        for request in self._requests:
+        for request in self.requests:
             self._engine.caught_up(request.id)
+        if self._heard is not None:
+            for output in outputs[self._known :]:
+                self._heard(output)
+            self._known = max(0, self._known - len(outputs))
         return outputs
 
     def _expire(self) -> None:
@@ -284,6 +323,20 @@ class Generation:
             self._queue.put_nowait(
                 Output(request_id=request_id, index=number, finish_reason="expired")
             )
+
+
+def _by_token(output: Output) -> Iterator[Output]:
+    """The same as outputs of one token each; what is told of the end goes with the last."""
+    last = len(output.tokens) - 1
+    for place, token in enumerate(output.tokens[:last]):
+        scores = output.logprobs[place : place + 1] if output.logprobs is not None else None
+        yield Output(
+            request_id=output.request_id, index=output.index, tokens=[token], logprobs=scores
+        )
+    if last > 0:
+        scores = output.logprobs[last:] if output.logprobs is not None else None
+        output = replace(output, tokens=output.tokens[last:], logprobs=scores)
+    yield output
 
 
 def _failure(output: Output) -> CoppiceError:

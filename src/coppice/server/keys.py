@@ -93,6 +93,13 @@ class KeyRing:
             raise AuthenticationError("The API key has expired.", code="expired_api_key")
         return found
 
+    def named(self, name: str) -> Key | None:
+        """The key of this name, unless it is gone or has expired."""
+        for key in self._keys or (ANONYMOUS,):
+            if key.name == name and (key.expires_s is None or time.time() < key.expires_s):
+                return key
+        return None
+
     def spend(self, key: Key) -> None:
         """Count one call against the key's rate.
 

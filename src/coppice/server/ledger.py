@@ -41,6 +41,10 @@ class Entry:
         self._ledger = ledger
         self.outcome: Outcome | None = None
 
+    def counted_by(self, ledger: Ledger) -> bool:
+        """Whether it is a line of this ledger."""
+        return self._ledger is ledger
+
     def close(self, outcome: Outcome, code: str = "") -> None:
         """Record how the call ended; ``code`` says why it was refused."""
         if self.outcome is not None:

@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 from collections.abc import Awaitable, Iterator
+from pathlib import Path
 
 import uvicorn
 
@@ -22,9 +23,12 @@ from coppice.server.calls import Calls
 from coppice.server.config import ServerConfig
 from coppice.server.engine_client import AsyncEngine
 from coppice.server.http_protocol import MAX_HEADER_BYTES, protocol_class
+from coppice.server.journal import Journal
 from coppice.server.keys import KeyRing
 from coppice.server.ledger import Ledger
 from coppice.server.metrics import Metrics
+from coppice.server.recovery import recover
+from coppice.server.resumable import Resumables
 from coppice.server.services import Services
 from coppice.server.text import TextService
 from coppice.server.tokenizing import tokenizer_of
@@ -45,6 +49,9 @@ def make_services(config: ServerConfig, keys: KeyRing, engine: AsyncEngine) -> S
         calls=Calls(metrics),
         metrics=metrics,
         bodies=BodyBudget(config.body_budget_bytes),
+        streams=Resumables(
+            Journal(Path(config.journal).expanduser()) if config.journal else None, config.resume_s
+        ),
     )
     metrics.bind(services)
     return services
@@ -109,6 +116,7 @@ class Server:
             http.should_exit = True
             await serving
             await self.services.engine.close(0.0 if self._forced.is_set() else CLOSE_GRACE_S)
+            await self.services.streams.close()
             if self.services.text is not None:
                 await self.services.text.close()
         return 0
@@ -143,7 +151,9 @@ class Server:
             await _settled(tokenizer_loaded)
         tokenizer = await tokenizer_loaded
         tokenizer.require_vocab(facts.vocab_size)
-        self.services.text = TextService(tokenizer)
+        text = TextService(tokenizer)
+        await recover(self.services, text, facts)
+        self.services.text = text
 
     def _say_ready(self, listener: socket.socket) -> None:
         host, port = listener.getsockname()[:2]
@@ -176,6 +186,7 @@ class Server:
         if second.done():
             self._forced.set()
         second.cancel()
+        services.streams.freeze()  # what is resumable ends in the next process
         services.engine.fail_all("The server is shutting down.")
         for _ in range(100):  # let the replies go out
             if not len(services.calls):

@@ -149,7 +149,17 @@ class _Figures(Collector):
         yield self._total("engine_restarts", "Engine deaths survived.", services.engine.restarts)
         yield self._total("requests_replayed", "Live requests given to a new engine process.",
                           services.engine.replayed)  # fmt: skip
+        yield from self._streams()
         yield from self._engine(services.engine.stats)
+
+    def _streams(self) -> Iterator[Metric]:
+        streams = self._services.streams
+        if (journal := streams.journal) is not None:
+            yield self._gauge("journal_on", "0 when the journal has turned off.", journal.on)
+            yield self._gauge("journal_bytes", "Its files.", journal.size_bytes)
+            yield self._total("journal_left_out", "Outputs not written in time.", journal.left_out)
+            yield self._total("streams_taken_up", "Streams resumed.", streams.taken_up)
+            yield self._gauge("streams_waiting", "Running without a reader.", streams.waiting)
 
     def _vllm(self) -> Iterator[Metric]:
         yield self._refusals("admission_rejections")

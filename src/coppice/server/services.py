@@ -18,6 +18,7 @@ from coppice.server.engine_client import AsyncEngine
 from coppice.server.keys import Key, KeyRing
 from coppice.server.ledger import Ledger
 from coppice.server.metrics import Metrics
+from coppice.server.resumable import Resumables
 from coppice.server.text import TextService
 
 Phase = Literal["open", "announced", "closed"]
@@ -31,6 +32,7 @@ class Services:
         phase: ``announced`` while draining but still accepting, ``closed`` after that.
         text: set once the tokenizer is loaded.
         bodies: what bodies may take together.
+        streams: those that can be taken up.
     """
 
     config: ServerConfig
@@ -41,6 +43,7 @@ class Services:
     calls: Calls
     metrics: Metrics
     bodies: BodyBudget
+    streams: Resumables
     text: TextService | None = None
     phase: Phase = "open"
     started: float = field(default_factory=time.monotonic)
@@ -76,6 +79,20 @@ class Services:
                 code=f"engine_{state}",
             )  # fmt: skip
         return self.text, self.engine.facts
+
+    def require_text(self) -> TextService:
+        """The text service of a model that has been loaded.
+
+        Raises:
+            CapacityError: it is still loading.
+        """
+        if self.text is None:
+            raise CapacityError(
+                "The model is not there yet; try again soon.",
+                retry_after_s=self.engine.back_in_s,
+                code="engine_loading",
+            )
+        return self.text
 
     @property
     def model_name(self) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -18,10 +18,21 @@ from coppice.server.calls import Call, new_id, run
 from coppice.server.errors import error_body, request_id_of
 from coppice.server.fields import review
 from coppice.server.generation import Generation
+from coppice.server.journal import Accepted
 from coppice.server.protocol.common import SamplingFields
 from coppice.server.replies import Frame, Gathered
+from coppice.server.resumable import HEADER
 from coppice.server.services import Services, caller_of, services_of
-from coppice.server.stream import DONE, ClientLeftError, EventStream, event, while_connected
+from coppice.server.stream import (
+    CLOSING,
+    DONE,
+    ClientLeftError,
+    EventStream,
+    Pieces,
+    event,
+    joined,
+    while_connected,
+)
 from coppice.server.text import TextService
 
 CLIENT_LEFT = 499
@@ -44,25 +55,29 @@ class Plan:
         sequences: prompts times ``n``.
         params: sampling parameters, not yet fitted to a prompt.
         prepare: makes the token ids of every prompt, and the constraint on the answer.
-        continues_prompt: the answer is text that follows the prompt, not a turn.
     """
 
     characters: int
     sequences: int
     params: SamplingParams
     prepare: Callable[[TextService, ModelFacts], Awaitable[Prepared]]
-    continues_prompt: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The names by which a route and its replies are known; ``prompt`` is a field of its body."""
+    """The names by which a route and its replies are known.
+
+    Attributes:
+        prompt: the field of its body.
+        continues_prompt: the answer is text that follows the prompt, not a turn.
+    """
 
     path: str
     prompt: str
     prefix: str
     object: str
     chunk_object: str
+    continues_prompt: bool
 
 
 def open_call(
@@ -90,12 +105,17 @@ def open_call(
         key=key,
         entry=services.ledger.open(),
         deadline=time.monotonic() + timeout_s,
+        resumable=bool(
+            body.stream and services.streams.on and http.headers.get(HEADER, "").lower() == "true"
+        ),
     )
     services.calls.hold(call)
     return services, call, tuple(warnings)
 
 
-async def admit(services: Services, call: Call, body: SamplingFields, plan: Plan) -> Generation:
+async def admit(
+    services: Services, call: Call, body: SamplingFields, plan: Plan, route: Route
+) -> Generation:
     """Admit by estimate, tokenize, admit exactly, submit.
 
     Raises:
@@ -114,8 +134,9 @@ async def admit(services: Services, call: Call, body: SamplingFields, plan: Plan
     generation = Generation(
         services.engine,
         requests,
-        lambda request: text.assembler(request, continues_prompt=plan.continues_prompt),
+        lambda request: text.assembler(request, continues_prompt=route.continues_prompt),
         deadline=call.deadline,
+        heard=services.streams.hearer(call.id) if call.resumable else None,
     )
     generation.submit()
     call.generation = generation
@@ -163,7 +184,7 @@ async def _requests(
 
 
 Whole = Callable[[Frame, list[Gathered]], Response]
-Chunks = Callable[[Frame, Generation], AsyncGenerator[bytes, None]]
+Chunks = Callable[[Frame, Generation], Pieces]
 
 
 async def answer(
@@ -189,7 +210,9 @@ async def answer(
     handed_over = False
     try:
         with convert.blaming(route.prompt):
-            generation = await while_connected(http.receive, admit(services, call, body, plan()))
+            generation = await while_connected(
+                http.receive, admit(services, call, body, plan(), route)
+            )
         facts = services.engine.facts
         frame = Frame(
             call,
@@ -200,10 +223,19 @@ async def answer(
             bool(body.stream_options and body.stream_options.include_usage),
         )
         if body.stream:
-            handed_over = True
+            pieces = events_of(services, call, chunks(frame, generation))
+            if call.resumable:
+                accepted, headers = _accepted(call, route, body, frame), {HEADER: "true"}
+                handed_over = True
+                events = services.streams.read(
+                    await services.streams.accept(accepted, pieces, call)
+                )
+            else:
+                handed_over = True
+                events, headers = joined(pieces), {}
             return EventStream(
-                _events(services, call, chunks(frame, generation)),
-                headers={},
+                events,
+                headers=headers,
                 ping_s=services.config.ping_s,
                 slow_reader_s=services.config.slow_reader_s,
             )
@@ -229,17 +261,29 @@ async def _gather(call: Call) -> list[Gathered]:
     return choices
 
 
-async def _events(
-    services: Services, call: Call, chunks: AsyncGenerator[bytes, None]
-) -> AsyncGenerator[bytes, None]:
+def _accepted(call: Call, route: Route, body: SamplingFields, frame: Frame) -> Accepted:
+    """What the journal needs to make the same reply again."""
+    assert call.generation is not None
+    return Accepted(
+        call=call.id, request_id=call.request_id, route=call.route, key=call.key.name,
+        tenant=call.key.tenant, created=call.created,
+        deadline_unix=time.time() + call.deadline - time.monotonic(),
+        fingerprint=frame.fingerprint, requests=list(call.generation.requests),
+        body=body.model_dump_json(
+            exclude={route.prompt}, exclude_unset=True, by_alias=True
+        ).encode(),
+        warnings=list(frame.warnings),
+    )  # fmt: skip
+
+
+async def events_of(services: Services, call: Call, chunks: Pieces) -> Pieces:
     """The stream's events, with an error event if it fails, and the accounts settled."""
     try:
-        async for chunk in chunks:
-            yield chunk
-        yield DONE
+        async for pieces in chunks:
+            yield pieces
+        yield [(CLOSING, DONE)]
     except CoppiceError as error:
-        yield event(error_body(error, call.request_id), "error")
-        yield DONE
+        yield [(CLOSING, event(error_body(error, call.request_id), "error") + DONE)]
     finally:
         await chunks.aclose()
         call.entry.close("cancelled")

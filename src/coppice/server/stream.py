@@ -15,6 +15,11 @@ from starlette.types import Receive, Scope, Send
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 T = TypeVar("T")
+Piece = tuple[int, bytes]
+"""An encoded event and the index of the choice it is about, or `CLOSING`."""
+Pieces = AsyncGenerator[list[Piece], None]
+CLOSING = -1
+"""For the events that end a stream: they go to every reader."""
 
 
 class ClientLeftError(Exception):
@@ -25,6 +30,13 @@ def event(body: Mapping[str, Any], name: str | None = None) -> bytes:
     """One server-sent event."""
     data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
     return (f"event: {name}\n".encode() if name else b"") + b"data: " + data + b"\n\n"
+
+
+async def joined(pieces: Pieces) -> AsyncGenerator[bytes, None]:
+    """The events alone, what comes together written together."""
+    async with contextlib.aclosing(pieces):
+        async for batch in pieces:
+            yield b"".join(data for _, data in batch)
 
 
 class EventStream(Response):

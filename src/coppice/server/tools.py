@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from coppice.engine.request import Grammar
@@ -57,9 +57,16 @@ async def plan_turn(body: ChatRequest, text: TextService, tenant: str = "") -> T
 
 
 class ToolText:
-    """Splits one answer's text into content and tool calls, as it comes."""
+    """Splits one answer's text into content and tool calls, as it comes.
 
-    def __init__(self, turn: Turn) -> None:
+    Args:
+        turn: how the model may answer.
+        answer: names this answer among all others; its calls' ids follow from it, so that
+            they are the same when it is read again.
+    """
+
+    def __init__(self, turn: Turn, answer: str) -> None:
+        self._answer = answer
         self._parser = turn.plan.parser() if turn.plan else None
         self._calls: list[dict[str, Any]] = []
 
@@ -88,7 +95,8 @@ class ToolText:
                 case ContentDelta(text):
                     made.append({"content": text})
                 case CallBegin(index, name):
-                    call_id = f"call_{secrets.token_hex(12)}"
+                    name_of_it = f"{self._answer}-{len(self._calls)}".encode()
+                    call_id = f"call_{sha256(name_of_it).hexdigest()[:24]}"
                     function = {"name": name, "arguments": ""}
                     call = {"id": call_id, "type": "function", "function": function}
                     self._calls.append(call)

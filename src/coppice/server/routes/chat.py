@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -20,13 +19,14 @@ from coppice.server.replies import Frame, Gathered, chat_logprobs
 from coppice.server.routes.documented import ERRORS, STREAMED
 from coppice.server.services import caller_of, services_of
 from coppice.server.serving import Plan, Prepared, Route, answer
-from coppice.server.stream import event, while_connected
+from coppice.server.stream import Piece, Pieces, event, while_connected
 from coppice.server.text import TextService
 from coppice.server.tools import ToolText, Turn, plan_turn
 
 router = APIRouter(route_class=BoundedRoute)
 ROUTE = Route(
-    "/v1/chat/completions", "messages", "chatcmpl", "chat.completion", "chat.completion.chunk"
+    "/v1/chat/completions", "messages", "chatcmpl", "chat.completion", "chat.completion.chunk",
+    continues_prompt=False,
 )  # fmt: skip
 
 
@@ -37,16 +37,20 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     turn = _Turn()
 
     def token_bytes(token: int) -> bytes:
-        assert services.text is not None
-        return services.text.tokenizer.token_bytes(token)
+        return services.require_text().tokenizer.token_bytes(token)
 
     def whole(frame: Frame, choices: list[Gathered]) -> Response:
         frame = frame.warn(turn.is_.warnings)
-        made = [_choice(body, turn.is_, choice, token_bytes) for choice in choices]
         assert frame.call.generation is not None
+        made = [
+            _choice(
+                body, ToolText(turn.is_, f"{frame.call.id}-{choice.index}"), choice, token_bytes
+            )
+            for choice in choices
+        ]
         return JSONResponse(frame.whole(made, frame.call.generation))
 
-    def chunks(frame: Frame, generation: Generation) -> AsyncGenerator[bytes, None]:
+    def chunks(frame: Frame, generation: Generation) -> Pieces:
         frame = frame.warn(turn.is_.warnings)
         return _chunks(frame, generation, turn.is_, token_bytes if body.logprobs else None)
 
@@ -54,6 +58,16 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         return _plan(body, turn, caller_of(request).tenant)
 
     return await answer(request, body, ROUTE, plan=plan, whole=whole, chunks=chunks)
+
+
+async def reframe(
+    body: dict[str, Any], frame: Frame, generation: Generation, text: TextService
+) -> Pieces:
+    """The chunks of a call whose body was written down without its messages."""
+    asked = ChatRequest.model_validate(body | {"messages": [{"role": "user", "content": ""}]})
+    turn = await text.run(partial(plan_turn, asked, text.template))
+    token_bytes = text.tokenizer.token_bytes if asked.logprobs else None
+    return _chunks(frame.warn(turn.warnings), generation, turn, token_bytes)
 
 
 @router.post(ROUTE.path + "/render", response_model=RenderReply, responses=ERRORS)
@@ -94,7 +108,6 @@ def _plan(body: ChatRequest, turn: _Turn, tenant: str) -> Plan:
         sequences=params.n,
         params=params,
         prepare=prepare,
-        continues_prompt=False,
     )
 
 
@@ -115,8 +128,9 @@ async def _prompt(
     return prompt, await text.encode(prompt, add_special_tokens=False, context=context)
 
 
-def _choice(body: ChatRequest, turn: Turn, choice: Gathered, token_bytes: Any) -> dict[str, Any]:
-    reader = ToolText(turn)
+def _choice(
+    body: ChatRequest, reader: ToolText, choice: Gathered, token_bytes: Any
+) -> dict[str, Any]:
     pieces = [*reader.push(choice.text), *reader.finish()]
     content = "".join(piece.get("content", "") for piece in pieces)
     calls = reader.calls()
@@ -133,25 +147,28 @@ def _choice(body: ChatRequest, turn: Turn, choice: Gathered, token_bytes: Any) -
     }
 
 
-async def _chunks(
-    frame: Frame, generation: Generation, turn: Turn, token_bytes: Any
-) -> AsyncGenerator[bytes, None]:
-    readers = [ToolText(turn) for _ in range(generation.num_choices)]
-    yield b"".join(
-        event(frame.chunk([_piece(index, {"role": "assistant", "content": ""})], first=index == 0))
-        for index in range(len(readers))
-    )
+async def _chunks(frame: Frame, generation: Generation, turn: Turn, token_bytes: Any) -> Pieces:
+    choices = range(generation.num_choices)
+    readers = [ToolText(turn, f"{frame.call.id}-{index}") for index in choices]
+
+    def piece(choice: dict[str, Any], *, first: bool = False) -> Piece:
+        return choice["index"], event(frame.chunk([choice], first=first))
+
+    yield [
+        piece(_piece(index, {"role": "assistant", "content": ""}), first=index == 0)
+        for index in choices
+    ]
     async with aclosing(run(frame.call)) as batches:
         async for deltas in batches:
-            choices = [
-                choice
+            made = [
+                piece(choice)
                 for delta in deltas
                 for choice in _pieces(delta, readers[delta.index], token_bytes)
             ]
-            if choices:
-                yield b"".join(event(frame.chunk([choice])) for choice in choices)
+            if made:
+                yield made
     if frame.include_usage:
-        yield event(frame.usage_chunk(generation))
+        yield [(len(choices), event(frame.usage_chunk(generation)))]
 
 
 def _pieces(delta: Delta, reader: ToolText, token_bytes: Any) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -20,11 +19,14 @@ from coppice.server.replies import Frame, Gathered, completion_logprobs
 from coppice.server.routes.documented import ERRORS, STREAMED
 from coppice.server.services import services_of
 from coppice.server.serving import Plan, Prepared, Route, answer
-from coppice.server.stream import event
+from coppice.server.stream import Piece, Pieces, event
 from coppice.server.text import TextService
 
 router = APIRouter(route_class=BoundedRoute)
-ROUTE = Route("/v1/completions", "prompt", "cmpl", "text_completion", "text_completion")
+ROUTE = Route(
+    "/v1/completions", "prompt", "cmpl", "text_completion", "text_completion",
+    continues_prompt=True,
+)  # fmt: skip
 
 
 @router.post(ROUTE.path, response_model=CompletionReply, responses=ERRORS | STREAMED)
@@ -33,8 +35,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     services = services_of(request)
 
     def token_bytes(token: int) -> bytes:
-        assert services.text is not None
-        return services.text.tokenizer.token_bytes(token)
+        return services.require_text().tokenizer.token_bytes(token)
 
     def whole(frame: Frame, choices: list[Gathered]) -> Response:
         made = [
@@ -52,19 +53,26 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         assert frame.call.generation is not None
         return JSONResponse(frame.whole(made, frame.call.generation))
 
-    def chunks(frame: Frame, generation: Generation) -> AsyncGenerator[bytes, None]:
+    def chunks(frame: Frame, generation: Generation) -> Pieces:
         return _chunks(frame, generation, token_bytes if body.logprobs is not None else None)
 
     return await answer(request, body, ROUTE, plan=lambda: _plan(body), whole=whole, chunks=chunks)
 
 
-async def _chunks(
-    frame: Frame, generation: Generation, token_bytes: Any
-) -> AsyncGenerator[bytes, None]:
+async def reframe(
+    body: dict[str, Any], frame: Frame, generation: Generation, text: TextService
+) -> Pieces:
+    """The chunks of a call whose body was written down without its prompt."""
+    asked = CompletionRequest.model_validate(body | {"prompt": ""})
+    token_bytes = text.tokenizer.token_bytes if asked.logprobs is not None else None
+    return _chunks(frame, generation, token_bytes)
+
+
+async def _chunks(frame: Frame, generation: Generation, token_bytes: Any) -> Pieces:
     first = True
     async with aclosing(run(frame.call)) as batches:
         async for deltas in batches:
-            parts = []
+            parts: list[Piece] = []
             for delta in deltas:
                 logprobs = completion_logprobs(delta.scores, token_bytes) if token_bytes else None
                 if not (delta.text or delta.scores or delta.finish_reason):
@@ -76,12 +84,12 @@ async def _chunks(
                     "finish_reason": delta.finish_reason,
                     "stop_reason": delta.stop_reason,
                 }
-                parts.append(event(frame.chunk([choice], first=first)))
+                parts.append((delta.index, event(frame.chunk([choice], first=first))))
                 first = False
             if parts:
-                yield b"".join(parts)
+                yield parts
     if frame.include_usage:
-        yield event(frame.usage_chunk(generation))
+        yield [(generation.num_choices, event(frame.usage_chunk(generation)))]
 
 
 def _plan(body: CompletionRequest) -> Plan:
@@ -106,7 +114,6 @@ def _plan(body: CompletionRequest) -> Plan:
         sequences=len(texts or ids) * params.n,
         params=params,
         prepare=prepare,
-        continues_prompt=True,
     )
 
 

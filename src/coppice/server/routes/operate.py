@@ -48,7 +48,7 @@ async def info(request: Request) -> Response:
             "engine_pid": engine.pid,
             "engine_start_s": engine.start_took_s,
             "requests_replayed": engine.replayed,
-            "timeline": services.calls.timeline.view(_tenant(request)),
+            "timeline": services.calls.timeline.view(tenant_of(request)),
         }
     )
 
@@ -58,12 +58,12 @@ async def cancel(request_id: str, request: Request) -> Response:
     """End your calls of this id (of the reply, or the ``X-Request-Id`` you sent)."""
     services = services_of(request)
     valid = REQUEST_ID.fullmatch(request_id)
-    count = services.calls.cancel(request_id, _tenant(request)) if valid else 0
+    count = services.calls.cancel(request_id, tenant_of(request)) if valid else 0
     if not count:
         raise NotFoundError("No request of that id is running.", param="request_id")
     return JSONResponse({"id": request_id, "cancelled": count})
 
 
-def _tenant(request: Request) -> str | None:
+def tenant_of(request: Request) -> str | None:
     """Whose calls the caller may see and end; ``None``: all, as no keys are set."""
     return caller_of(request).tenant if services_of(request).keys.required else None
