@@ -70,12 +70,13 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[str]:
-    """The address of a server of the bundled model."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of the bundled model, with a journal."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "coppice", "serve", "--port", address.split(":")[1]]
+    command += ["--journal", str(tmp_path_factory.mktemp("journal"))]
     process = subprocess.Popen([*command, "--drain-announce-s", "0"])
     try:
         give_up = time.monotonic() + 60

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from msgspec.structs import replace
@@ -31,7 +31,7 @@ from coppice.server.text import TextService
 
 log = logging.getLogger("coppice.server.journal")
 
-Reframe = Callable[[dict[str, Any], Frame, Generation, TextService], Awaitable[Pieces]]
+Reframe = Callable[[dict[str, Any], Frame, Generation, TextService], Pieces]
 _ROUTES: dict[str, tuple[Route, Reframe]] = {
     chat.ROUTE.path: (chat.ROUTE, chat.reframe),
     completions.ROUTE.path: (completions.ROUTE, completions.reframe),
@@ -60,17 +60,17 @@ async def recover(services: Services, text: TextService, facts: ModelFacts) -> N
             streams.journal.end(accepted.call, "failed")
             streams.remember(known)
         else:
-            unfinished += await _run_on(services, text, recorded, key)
+            unfinished += _run_on(services, text, recorded, key)
     if unfinished:
         log.warning("%d requests of the process before run on.", unfinished)
     streams.sweep()
 
 
-async def _run_on(services: Services, text: TextService, recorded: Recorded, key: Key) -> bool:
+def _run_on(services: Services, text: TextService, recorded: Recorded, key: Key) -> bool:
     """Whether a call that had not ended could be gone on with; the others must not suffer."""
     call = _call(services, recorded.accepted, key, counted=True)
     try:
-        events, pieces = await _events(services, text, recorded, call)
+        events, pieces = _events(services, text, recorded, call)
     except Exception:
         log.exception("%s could not be gone on with", call.id)
         call.entry.close("failed")
@@ -83,7 +83,7 @@ async def _run_on(services: Services, text: TextService, recorded: Recorded, key
     return True
 
 
-async def wake(services: Services, known: Resumable) -> EventLog:
+def wake(services: Services, known: Resumable) -> EventLog:
     """The events of a call, made again if only the journal has them."""
     if known.log is not None:
         return known.log
@@ -97,10 +97,9 @@ async def wake(services: Services, known: Resumable) -> EventLog:
         known.log.end()
         return known.log
     call = _call(services, accepted, key, counted=False)
-    events, pieces = await _events(services, text, known.recorded, call)
-    if known.log is None:  # nobody else has made them meanwhile
-        known.log, known.recorded = events, None
-        services.streams.fill(known, pieces)
+    known.log, pieces = _events(services, text, known.recorded, call)
+    known.recorded = None
+    services.streams.fill(known, pieces)
     return known.log
 
 
@@ -121,7 +120,7 @@ def _left_s(accepted: Accepted) -> float:
     return max(accepted.deadline_unix - time.time(), 1e-3)
 
 
-async def _events(
+def _events(
     services: Services, text: TextService, recorded: Recorded, call: Call
 ) -> tuple[EventLog, Pieces]:
     """Submit what has not ended, and make the events from the first token on."""
@@ -145,6 +144,6 @@ async def _events(
         call, route.chunk_object, services.model_name or "", facts.fingerprint,
         tuple(accepted.warnings), wants_usage(body),
     )  # fmt: skip
-    chunks = await reframe(body, frame, generation, text)
+    chunks = reframe(body, frame, generation, text)
     generation.submit(recorded.outputs())
     return EventLog(slots_of(accepted)), events_of(services, call, chunks)

@@ -87,7 +87,9 @@ def test_a_second_reader_takes_over_from_one_that_waits_or_writes() -> None:
     asyncio.run(play())
 
 
-@pytest.mark.parametrize("text", ["x", "1", "1.2.3", "1.", "-1.0", "1.2 ", "１.2", "9" * 10 + ".1"])
+@pytest.mark.parametrize(
+    "text", ["x", "1", "1.2.3", "1.", "-1.0", "1.2 ", "\uff11.2", "9" * 10 + ".1"]
+)
 def test_what_is_no_place_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="no place"):
         EventLog(2).place(text)

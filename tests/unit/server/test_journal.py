@@ -105,14 +105,15 @@ def test_a_torn_or_damaged_tail_is_cut(
     else:
         del data[at:]
     path.write_bytes(data)
+    whole = len(MAGIC) + sum(len(segments.framed(body)) for body in segments._bodies(path))
+    caplog.clear()
     found = asyncio.run(read(tmp_path))
-    assert [r.accepted for r in found] == [accepted(c) for c in ("one", "two", "three")][
-        : len(found)
-    ]
+    written = [accepted(call) for call in ("one", "two", "three")]
+    assert [recorded.accepted for recorded in found] == written[: len(found)]
     for recorded in found:
         tokens = [token for o in recorded.outputs() for token in o.tokens]
         assert tokens == list(range(len(tokens)))
-    assert "cut at byte" in caplog.text or len(data) == at == path.stat().st_size
+    assert ("cut at byte" in caplog.text) == (whole < len(data))
 
 
 def test_a_full_disk_turns_the_journal_off_and_nothing_else(
@@ -183,5 +184,5 @@ def test_one_folder_has_one_writer(tmp_path: Path) -> None:
 
 def test_files_of_another_version_are_refused(tmp_path: Path) -> None:
     (tmp_path / "segment-00000001").write_bytes(b"coppice journal 99\n...")
-    with pytest.raises(ConfigError, match="another version|this version"):
+    with pytest.raises(ConfigError, match="not written by this version"):
         asyncio.run(read(tmp_path))

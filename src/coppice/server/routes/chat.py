@@ -65,9 +65,12 @@ async def reframe(
 ) -> Pieces:
     """The chunks of a call whose body was written down without its messages."""
     asked = ChatRequest.model_validate(body | {"messages": [{"role": "user", "content": ""}]})
-    turn = await text.run(partial(plan_turn, asked, text.template))
+    turn = await plan_turn(asked, text, frame.call.key.tenant)
     token_bytes = text.tokenizer.token_bytes if asked.logprobs else None
-    return _chunks(frame.warn(turn.warnings), generation, turn, token_bytes)
+    chunks = _chunks(frame.warn(turn.warnings), generation, turn, token_bytes)
+    async with aclosing(chunks):
+        async for pieces in chunks:
+            yield pieces
 
 
 @router.post(ROUTE.path + "/render", response_model=RenderReply, responses=ERRORS)

@@ -59,7 +59,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     return await answer(request, body, ROUTE, plan=lambda: _plan(body), whole=whole, chunks=chunks)
 
 
-async def reframe(
+def reframe(
     body: dict[str, Any], frame: Frame, generation: Generation, text: TextService
 ) -> Pieces:
     """The chunks of a call whose body was written down without its prompt."""

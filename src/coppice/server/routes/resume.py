@@ -39,7 +39,7 @@ async def resume(
         raise NotFoundError("No stream has such an id.", param="request_id", code="not_resumable")
     streams = services.streams
     known = streams.find(request_id, tenant_of(request))
-    events = await wake(services, known)
+    events = wake(services, known)
     seen = events.place(after or last_event_id)
     streams.taken_up += 1
     return EventStream(
