@@ -22,4 +22,6 @@ ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$tree" 
   "$python" -m pytest -q -o addopts="--import-mode=importlib" -p no:cacheprovider \
   tests/unit/kernels/test_linear.py tests/unit/kernels/test_elementwise.py \
   tests/unit/kernels/test_attention.py tests/unit/kernels/test_isas.py \
-  tests/unit/kernels/test_quantized.py tests/unit/models/test_decoder.py
+  tests/unit/kernels/test_quantized.py tests/unit/kernels/test_pages.py \
+  tests/unit/kernels/test_ranking.py tests/unit/kernels/test_suffix_index.py \
+  tests/unit/engine/test_sampler.py tests/unit/engine/test_sampler_native.py tests/unit/weights tests/unit/models/test_decoder.py

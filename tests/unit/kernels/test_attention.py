@@ -369,3 +369,17 @@ def test_reference_matches_float64(options):
     check(ops, rows, 42, (4, 2, 16, 24), **options)
     rows = tree(20, PARENTS["binary"], page_ids(27, 16))
     check(ops, rows, 27, (4, 2, 16, 24), **options)
+
+
+@pytest.mark.parametrize("length", [40, 600, 3000])
+@pytest.mark.parametrize("first", [True, False])
+def test_blocks_of_keys_that_are_no_numbers_are_not_passed_over(any_ops, length, first):
+    """The largest of only NaN is minus infinity, as where nothing is visible."""
+    rows = chunk(2, length - 2, page_ids(length, 16, 200))
+    k, v = pages(200, 2, 16, 32)
+    fill(k, v, rows, length, 32)
+    bad = torch.arange(length)[:256] if first else torch.arange(length)[-256:]
+    page = rows.page_table[0][bad // 16].long()
+    write_keys(k, page, bad % 16, torch.full((len(bad), 2, 32), torch.nan))
+    out = any_ops.attention(torch.randn(2, 4, 32), rows, k, v, scale=0.2)
+    assert out.isnan().all()

@@ -111,11 +111,15 @@ COPPICE_INLINE void weigh(const AttentionArgs& a, const Work& w, int64_t query, 
     best = max(best, v);
   }
   const float peak = max_lane(best), before = w.now.top[query];
-  if (peak == NEVER) {  // nothing of this block is visible: weights 0, state unchanged
+  float* mass = w.now.mass + 16 * query;
+  if (peak == NEVER) {
     for (int64_t b = 0; b < subs; ++b) store16(s + 16 * b, splat(0.0f));
+    if (max64(begin, first) > min64(begin + 16 * subs - 1, last)) return;  // nothing is visible
+    // Maxima pass NaN over; where all that is visible is NaN (or -infinity), so is the row.
+    if (before == NEVER) w.now.top[query] = 0.0f;
+    store16(mass, splat(__builtin_nanf("")));
     return;
   }
-  float* mass = w.now.mass + 16 * query;
   V16 total = load16(mass);
   float now = before;
   if (!(peak <= before)) {
