@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("--target", default=None, help="a 0.5B-shaped checkpoint")
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     args = parser.parse_args()
-    rounds, tokens = (4, 40) if args.quick else (7, 64)
+    rounds, tokens = (15, 64) if args.quick else (25, 64)
     report = Report("never_slower", ["model", "workload", "auto over plain", "rounds"])
     models = {"bundled": EngineConfig(speculate="auto")}
     if not args.quick or args.target:

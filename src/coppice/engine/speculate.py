@@ -55,7 +55,11 @@ def make_speculator(
     if draft is not None:
         proposers.append(_draft_model(config, draft, num_pages, controller.token_s))
     return Speculator(
-        proposers, controller, model.facts.vocab_size, max_nodes=config.speculate_nodes
+        proposers,
+        controller,
+        model.facts.vocab_size,
+        max_nodes=config.speculate_nodes,
+        on_trial=config.speculate == "auto",
     )
 
 

@@ -182,6 +182,10 @@ class Controller:
         """Learn what a step of so many rows with so many trees took."""
         (self._trees if trees else self._plain).add(seconds / self._step_s(rows))
 
+    def plain_s(self, rows: int) -> float:
+        """Seconds of a step of so many rows without trees, by those there were."""
+        return self._step_s(rows) * self._plain.ratio
+
     def _dearer(self) -> float:
         """How much more a step with trees takes than its rows alone would let expect."""
         if not (self._trees.known and self._plain.known):

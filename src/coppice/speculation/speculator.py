@@ -12,11 +12,21 @@ from typing import Any
 from coppice.speculation.control import Controller
 from coppice.speculation.interfaces import DraftView, Learner, Proposer
 from coppice.speculation.tree import DraftTree
+from coppice.speculation.trial import Trial
 
 _log = logging.getLogger(__name__)
 
 REST_AFTER, REST_STEPS = 8, 8
 """Steps without anything worth verifying after which a sequence is looked at in one of so many."""
+
+
+@dataclass(slots=True)
+class _Account:
+    """What a proposer did for one step."""
+
+    seconds: float = 0.0
+    nodes: int = 0
+    accepted: int = 0
 
 
 @dataclass(slots=True)
@@ -40,6 +50,8 @@ class Speculator:
         controller: how much is worth it.
         vocab_size: the target's.
         max_nodes: of a tree that branches; 0 lets none branch.
+        on_trial: proposers that cost more than they save are not asked for a while, except
+            where a request names them.
     """
 
     def __init__(
@@ -49,6 +61,7 @@ class Speculator:
         vocab_size: int,
         *,
         max_nodes: int = 0,
+        on_trial: bool = False,
     ) -> None:
         self._proposers = proposers
         self._controller = controller
@@ -61,6 +74,9 @@ class Speculator:
         self.draft_s = 0.0
         self._shown: dict[int, _Shown] = {}
         self._rests: dict[int, int] = {}
+        self._trials = {p.name: Trial() for p in proposers} if on_trial else {}
+        self._accounts: dict[str, _Account] = {}
+        self._sequences = 0
 
     def grow(self, views: Sequence[DraftView], *, rows: int, spare: int) -> dict[int, DraftTree]:
         """Trees by sequence number.
@@ -70,13 +86,23 @@ class Speculator:
             rows: rows of the step without trees.
             spare: rows the trees may take together.
         """
-        began = time.perf_counter()
+        self._accounts.clear()
+        for trial in self._trials.values():
+            trial.rest()
+        if self._all_rest(views):
+            return {}
+        began = at = time.perf_counter()
+        self._sequences = len(views)
         for view in views:
             self._learn(view)
         grown: dict[int, DraftTree] = {}
         if spare > 0:
             for proposer in self._proposers:
-                grown |= self._ask(proposer, self._open(proposer, views, grown), rows, spare, grown)
+                asked = self._open(proposer, views, grown)
+                if asked:
+                    grown |= self._ask(proposer, asked, rows, spare, grown)
+                    before, at = at, time.perf_counter()
+                    self._accounts[proposer.name] = _Account(at - before)
         # Draws verified as such must all stay: what is chosen by its probability is none.
         trees = {arrival: tree for arrival, tree in grown.items() if tree.drawn}
         fixed = sum(map(len, trees.values()))
@@ -91,7 +117,10 @@ class Speculator:
             self._rests[arrival] = 0 if arrival in trees else self._rests.get(arrival, 0) + 1
             if arrival in grown and grown[arrival].logf:
                 self._shown[arrival] = _Shown(len(view.tokens), grown[arrival], arrival in trees)
-        self.draft_s += time.perf_counter() - began
+        now = time.perf_counter()
+        self.draft_s += now - began
+        for account in self._accounts.values():
+            account.seconds += (now - at) / len(self._accounts)
         return trees
 
     def observe(self, arrival: int, tree: DraftTree, accepted: int) -> None:
@@ -102,6 +131,9 @@ class Speculator:
         for level in range(accepted):
             self.accepted_at[level] += 1
         self._controller.observe(tree.source, arrival, max(tree.depths()), accepted)
+        if (account := self._accounts.get(tree.source)) is not None:
+            account.nodes += len(tree)
+            account.accepted += accepted
         self.totals["drafted"] += len(tree)
         self.totals["accepted"] += accepted
         self.totals[f"drafted_{tree.source}"] += len(tree)
@@ -110,6 +142,15 @@ class Speculator:
     def step_took(self, rows: int, trees: int, seconds: float) -> None:
         """Learn what a step with so many rows and trees took."""
         self._controller.step_took(rows, trees, seconds)
+        if not self._trials or not self._accounts:
+            return
+        nodes = sum(account.nodes for account in self._accounts.values())
+        plain_s = self._controller.plain_s(self._sequences)
+        more_s = min(seconds - self._controller.plain_s(rows - nodes), 3.0 * plain_s)
+        for name, account in self._accounts.items():
+            own = more_s * account.nodes / nodes if nodes else 0.0
+            saved = account.accepted / self._sequences
+            self._trials[name].asked(saved, (account.seconds + own) / plain_s)
 
     def forget(self, arrival: int) -> None:
         """The sequence has ended or lost its pages."""
@@ -164,14 +205,24 @@ class Speculator:
             drafted = min(len(committed), max(tree.depths()))
             self._controller.observe(tree.source, view.arrival, drafted, kept)
 
+    def _all_rest(self, views: Sequence[DraftView]) -> bool:
+        """Whether nobody may be asked for any of these."""
+        return (
+            bool(self._trials)
+            and not any(trial.on for trial in self._trials.values())
+            and all(view.speculate in ("auto", "off") for view in views)
+        )
+
     def _open(
         self, proposer: Proposer, views: Sequence[DraftView], grown: dict[int, DraftTree]
     ) -> list[DraftView]:
         """The sequences this proposer may draft for; one that takes time may outbid another."""
+        trial = self._trials.get(proposer.name)
+        names = ("auto", proposer.name) if trial is None or trial.on else (proposer.name,)
         return [
             v
             for v in views
-            if v.speculate in ("auto", proposer.name)
+            if v.speculate in names
             and (v.arrival not in grown or proposer.pass_s > 0.0)
             and (proposer.pass_s > 0.0 or self._is_due(v.arrival))
         ]
