@@ -73,6 +73,10 @@ class ServerConfig(RoomConfig):
         60.0, "Silence after which the engine process is ended and started again; 0 is never.",
         minimum=0.0,
     )  # fmt: skip
+    preempt_notice_s: float = setting(
+        30.0, "Notice that SIGUSR1 gives: within it another engine process takes over.",
+        minimum=0.0,
+    )  # fmt: skip
     drain_announce_s: float = setting(
         5.0, "After SIGTERM: time of further acceptance while balancers notice.", minimum=0.0
     )

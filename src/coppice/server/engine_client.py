@@ -68,6 +68,8 @@ class AsyncEngine:
         self._on_output = on_output
         self._process: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
+        self._successor: asyncio.Task[EngineProcess] | None = None
+        self._leaving: set[asyncio.Task[int]] = set()
         self._first_ready: asyncio.Future[ModelFacts] | None = None
         self._replay = Replay(self._tell, self._route, self._all_back)
         self.live = self._replay.live
@@ -75,6 +77,7 @@ class AsyncEngine:
         self.facts: ModelFacts | None = None
         self.stats: StepStats | None = None
         self.restarts = 0
+        self.replacements = 0
         self.silence = Silence()
         self._loaded = self._worked = False
         self._began_s = time.monotonic()
@@ -170,9 +173,48 @@ class AsyncEngine:
             self.cancel(request_id)
             self.live.pop(request_id, None)
 
+    async def replace(self, notice_s: float) -> float:
+        """Another engine process takes this one's place; it, or its memory, goes away.
+
+        The other is started beside it while it goes on to serve. When that is ready, or the
+        notice is over, live requests go on in the other from their tokens, as after a death.
+
+        Returns:
+            Seconds until the other had them.
+
+        Raises:
+            CapacityError: the engine is not ready, or is being replaced already.
+            EngineDeadError: the other did not start within the notice; all is as before.
+        """
+        if self.state != "ready" or self._process is None or self._successor is not None:
+            raise CapacityError(
+                "The engine is not ready, or is being replaced already; wait for that.",
+                retry_after_s=self.back_in_s, code="engine_restarting",
+            )  # fmt: skip
+        began_s, old = time.monotonic(), self._process
+        log.warning("The engine (process %d) is replaced within %g s.", old.pid, notice_s)
+        coming = self._successor = asyncio.create_task(
+            EngineProcess.spawn_loaded(self._command), name="engine-successor"
+        )
+        await asyncio.wait({coming}, timeout=max(0.0, notice_s))
+        if coming.done() and (error := coming.exception()) is not None:
+            self._successor = None
+            raise EngineDeadError(f"Another engine did not start: {error}.") from error
+        if self._process is old:  # it may have died meanwhile; then the supervisor has moved on
+            old.leave()
+        while not self._taken_over(old):
+            await asyncio.sleep(0.01)
+        self.replacements += 1
+        return time.monotonic() - began_s
+
     async def close(self, grace_s: float = 5.0) -> None:
         """Stop supervising and end the engine process."""
         self.state = "stopped"
+        if self._successor is not None:
+            self._successor.cancel()
+            await asyncio.wait({self._successor})
+            if not self._successor.cancelled() and self._successor.exception() is None:
+                await self._successor.result().close(grace_s=0.0)
         if self._process is not None:
             await self._process.close(grace_s)
         if self._supervisor is not None:
@@ -207,6 +249,9 @@ class AsyncEngine:
                 return
             self.state = "restarting"
             lost = self._replay.engine_died(death)
+            if self._successor is not None:
+                log.warning("%d requests move to the engine that takes over.", len(lost))
+                continue
             wait_s = backoff.after(death)
             log.error("%s %d requests were in it. Starting it again in %.1f s.",
                       death.error.message, len(lost), wait_s)  # fmt: skip
@@ -215,11 +260,21 @@ class AsyncEngine:
             await asyncio.sleep(wait_s)
             self.restarts += 1
 
+    def _being_replaced(self) -> bool:
+        return self._successor is not None
+
+    def _taken_over(self, old: EngineProcess) -> bool:
+        return self.state == "stopped" or (self._process is not old and self.state == "ready")
+
     async def _run_once(self) -> Death:
         """One life of the engine process; returns how it ended."""
         kills_before, self._loaded, self._worked = memory_kills(), False, False
         try:
-            self._process = await EngineProcess.spawn(self._command)
+            if self._successor is not None:
+                coming, self._successor = self._successor, None
+                self._process = await coming
+            else:
+                self._process = await EngineProcess.spawn(self._command)
         except (EngineDeadError, OSError) as error:
             return Death(EngineDeadError(f"The engine did not start: {error}."))
         process = self._process
@@ -231,6 +286,12 @@ class AsyncEngine:
                 self._take(message)
         except Exception:  # a bug on either side, or a damaged message: replay helps with both
             log.exception("A message of the engine could not be taken; ending it.")
+        if self._being_replaced():
+            watch.cancel()
+            leaving = asyncio.create_task(process.close(grace_s=1.0), name="engine-leaves")
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            return Death(EngineDeadError("The engine was replaced."), own_doing=False, worked=True)
         try:
             status = await process.close(grace_s=1.0)
         finally:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class EngineProcess:
         self._reader = reader
         self._writer = writer
         self.fatal: Fatal | None = None
+        self._frames = self._read()
+        self._first: FromEngine | None = None
 
     @property
     def pid(self) -> int:
@@ -85,13 +87,42 @@ class EngineProcess:
         reader, writer = connected.result()
         return cls(process, reader, writer)
 
+    @classmethod
+    async def spawn_loaded(cls, command: Sequence[str]) -> EngineProcess:
+        """The same, and wait for its first message, by which its model is loaded.
+
+        Raises:
+            EngineDeadError: it ended before that.
+        """
+        process = await cls.spawn(command)
+        try:
+            process._first = await anext(process._frames, None)
+        except BaseException:
+            process.kill()
+            raise
+        if process.fatal is not None or process._first is None:
+            status = await process.close(grace_s=1.0)
+            why = process.fatal.message if process.fatal else f"it ended with status {status}"
+            raise EngineDeadError(why)
+        return process
+
     def send(self, message: ToEngine) -> None:
         """Queue a message; lost without a word when the engine is already gone."""
         if not self._writer.is_closing():
             self._writer.write(encode(message))
 
     async def messages(self) -> AsyncIterator[FromEngine]:
-        """Yield messages until the engine closes its end."""
+        """Yield messages until the engine closes its end, or `leave`."""
+        if self._first is not None:
+            yield self._first
+        async for message in self._frames:
+            yield message
+
+    def leave(self) -> None:
+        """Hear no more of it; it ends as it sees the end of the stream."""
+        self._writer.transport.abort()
+
+    async def _read(self) -> AsyncGenerator[FromEngine, None]:
         buffer = bytearray()
         with contextlib.suppress(ConnectionError):
             while data := await self._reader.read(READ_BYTES):

@@ -87,6 +87,7 @@ class Server:
         self.services = make_services(config, keys, engine)
         self._signals: asyncio.Queue[int] = asyncio.Queue()
         self._forced = asyncio.Event()
+        self._replacing: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """Serve until a signal; returns the exit code.
@@ -103,6 +104,7 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signals.put_nowait, number)
+        loop.add_signal_handler(signal.SIGUSR1, self._preempted)
         serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
         stats = asyncio.create_task(self._log_stats(), name="stats")
         try:
@@ -120,6 +122,17 @@ class Server:
             if self.services.text is not None:
                 await self.services.text.close()
         return 0
+
+    def _preempted(self) -> None:
+        self._replacing = asyncio.create_task(self._replace(), name="replacing")
+
+    async def _replace(self) -> None:
+        """The engine's memory or place is taken away: another takes over within the notice."""
+        try:
+            took_s = await self.services.engine.replace(self._config.preempt_notice_s)
+            log.warning("Another engine has taken over after %.2f s.", took_s)
+        except CoppiceError as error:
+            log.error("The engine was not replaced: %s", error.message)
 
     async def _load(self, listener: socket.socket) -> bool:
         """Load engine and tokenizer side by side; false when a signal came first."""

@@ -147,6 +147,8 @@ class _Figures(Collector):
         yield self._refusals("admission_rejections")
         yield self._gauge("ready", "1 when new work is welcome.", services.state == "ok")
         yield self._total("engine_restarts", "Engine deaths survived.", services.engine.restarts)
+        yield self._total("engine_replacements", "Engines replaced upon notice.",
+                          services.engine.replacements)  # fmt: skip
         yield self._total("requests_replayed", "Live requests given to a new engine process.",
                           services.engine.replayed)  # fmt: skip
         yield from self._streams()
