@@ -99,9 +99,12 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    "kills", [4, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+    "kills",
+    [
+        pytest.param(4, marks=pytest.mark.timeout(180)),
+        pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+    ],
 )
-@pytest.mark.timeout(180)
 def test_killed_at_random_moments_every_token_comes_once(kills: int, tmp_path: Path) -> None:
     seed = int(os.environ.get("TEST_SEED", "1"))
     rng = random.Random(seed)
