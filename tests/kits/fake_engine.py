@@ -3,13 +3,14 @@
 It answers every request with its own prompt, again and again, up to ``max_tokens``; after the
 first time round it says EOS unless ``ignore_eos``. Each extra choice starts one token later.
 Seeds do things: 666 fails the request, 667 kills the process, 669 does so at the tenth token,
-668 never answers. Of three tokens it claims to have guessed ahead two, and one rightly, unless
-told not to.
+668 never answers, at 670 the first engine to see it stands still. Of three tokens it claims to
+have guessed ahead two, and one rightly, unless told not to.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import time
 from dataclasses import dataclass, field
 
 from coppice.engine.messages import (
+    STACKS_SIGNAL,
     Cancel,
     Fatal,
     ModelFacts,
@@ -35,7 +37,7 @@ from coppice.engine.messages import (
 )
 from coppice.engine.request import Request
 
-FAIL, DIE, HANG, DIE_AT_TEN = 666, 667, 668, 669
+FAIL, DIE, HANG, DIE_AT_TEN, STALL = 666, 667, 668, 669, 670
 PAGE_SIZE, NUM_PAGES = 16, 1024
 
 
@@ -70,6 +72,7 @@ class FakeEngine:
         self.live: list[Sequence] = []
         self.generated = self.steps = self.prompt_tokens = self.drafted = self.accepted = 0
         self.buffer = b""
+        self.replayed = False
         self.fingerprint = f"fp_{os.getpid()}" if options.get("new_weights") else "fp_fake"
 
     def run(self) -> None:
@@ -108,6 +111,7 @@ class FakeEngine:
         assert request.sampling.max_tokens is not None
         if request.sampling.seed == DIE:
             os._exit(9)
+        self.replayed |= bool(progress)
         self.prompt_tokens += len(request.prompt)
         self.live += [
             Sequence(request, index=p.index, tokens=len(p.tokens))
@@ -146,6 +150,8 @@ class FakeEngine:
         request, params = sequence.request, sequence.request.sampling
         if params.seed == HANG:
             return
+        if params.seed == STALL and sequence.tokens == 5 and not self.replayed:
+            stand_still_in_a_step()
         if params.seed == FAIL and sequence.tokens >= 2:
             self.end(sequence, "failed", error=("row_fault", "A row of this request failed."))
             return
@@ -202,6 +208,10 @@ class FakeEngine:
         )  # fmt: skip
 
 
+def stand_still_in_a_step() -> None:
+    time.sleep(3600)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket", required=True)
@@ -209,6 +219,7 @@ def main() -> None:
     args = parser.parse_args()
     options = json.loads(args.options)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(STACKS_SIGNAL)
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(args.socket)
     if "fatal" in options:

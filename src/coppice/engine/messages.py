@@ -7,6 +7,7 @@ msgpack body (`encode`, `Decoder`).
 
 from __future__ import annotations
 
+import signal
 from typing import Literal
 
 import msgspec
@@ -15,6 +16,8 @@ from coppice.engine.request import Request
 
 FinishReason = Literal["stop", "length", "cancelled", "expired", "failed"]
 CancelReason = Literal["cancelled", "expired", "stop"]
+STACKS_SIGNAL = signal.SIGUSR1
+"""A loaded engine answers it by writing the stacks of its threads to stderr."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):

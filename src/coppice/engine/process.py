@@ -8,6 +8,7 @@ a terminal reaches both) are ignored here: the front end decides when to stop.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import os
 import signal
@@ -21,6 +22,7 @@ import msgspec
 from coppice.engine.config import EngineConfig
 from coppice.engine.memory import give_back, tune_allocator
 from coppice.engine.messages import (
+    STACKS_SIGNAL,
     Fatal,
     FromEngine,
     Ready,
@@ -50,6 +52,8 @@ def main() -> int:
     gc.disable()  # a start makes much and drops little; `_serve` switches it on again
     tune_allocator(mmap_threshold=MMAP_THRESHOLD)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()  # a crash in native code says where
+    faulthandler.register(STACKS_SIGNAL)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(args.socket)
     with connection:

@@ -17,17 +17,27 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coppice.server.config import ServerConfig
 
 if TYPE_CHECKING:
     from coppice.engine.config import EngineConfig
+    from coppice.server.dumps import Dumps
 
 __all__ = ["ServerConfig", "run"]
 
 MMAP_THRESHOLD = 256 << 10
 """A large body's buffers go back to the system with it."""
+
+
+def _dumps(config: ServerConfig) -> Dumps | None:
+    from coppice.server.dumps import Dumps
+
+    if config.dump_dir is None:
+        return None
+    return Dumps(Path(config.dump_dir), with_text=config.dump_text)
 
 
 def run(
@@ -63,7 +73,9 @@ def run(
 
     async def serve() -> int:
         keys = KeyRing.from_config(server_config)
-        engine = AsyncEngine(command, hang_s=server_config.engine_hang_s)
+        engine = AsyncEngine(
+            command, hang_s=server_config.engine_hang_s, dumps=_dumps(server_config)
+        )
         engine.begin()
         # The HTTP libraries take the better part of a second to import; the engine loads
         # its own meanwhile.

@@ -77,6 +77,15 @@ class ServerConfig(RoomConfig):
         30.0, "Notice that SIGUSR1 gives: within it another engine process takes over.",
         minimum=0.0,
     )  # fmt: skip
+    dump_dir: str | None = setting(
+        None, "Folder for crash dumps: what was in an engine that died, without its text."
+    )
+    dump_text: bool = setting(
+        False, "Let crash dumps hold prompts, tokens, stop strings and schemas."
+    )
+    admin_socket: str | None = setting(
+        None, "Unix socket (mode 0600) for those who operate the server; see coppice admin."
+    )
     drain_announce_s: float = setting(
         5.0, "After SIGTERM: time of further acceptance while balancers notice.", minimum=0.0
     )

@@ -28,6 +28,7 @@ from coppice.errors import (
     UnsupportedModelError,
 )
 from coppice.server.deaths import Backoff, Death, by_status, memory_kills
+from coppice.server.dumps import Dumps
 from coppice.server.engine_process import EngineProcess
 from coppice.server.replay import LiveRequest, Replay
 
@@ -42,6 +43,8 @@ MAX_UNREAD = 1024
 GIVE_UP_AFTER = 5
 """Starts in vain after which live requests are failed; new starts go on."""
 TICK_S = 1.0
+STACKS_S = 0.5
+"""Time an engine that hangs gets to write down where."""
 
 
 class AsyncEngine:
@@ -51,6 +54,7 @@ class AsyncEngine:
         command: the engine's command line without ``--socket``.
         hang_s: silence after which a loaded engine is ended and started again; 0 is never.
         on_output: called with each output, before it is queued (metrics).
+        dumps: where to write what was in an engine that died.
 
     Invariant: every submitted request gets, for each of its choices, exactly one output
     with a ``finish_reason``, and each of its tokens once, however often the process dies.
@@ -62,10 +66,12 @@ class AsyncEngine:
         *,
         hang_s: float = 60.0,
         on_output: Callable[[Output], None] | None = None,
+        dumps: Dumps | None = None,
     ) -> None:
         self._command = list(command)
         self._hang_s = hang_s
         self._on_output = on_output
+        self._dumps = dumps
         self._process: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._successor: asyncio.Task[EngineProcess] | None = None
@@ -207,6 +213,13 @@ class AsyncEngine:
         self.replacements += 1
         return time.monotonic() - began_s
 
+    def dump_stacks(self) -> bool:
+        """Have the engine write its stacks to the log; false where none is loaded."""
+        if self._process is None or not self._loaded:
+            return False
+        self._process.dump_stacks()
+        return True
+
     async def close(self, grace_s: float = 5.0) -> None:
         """Stop supervising and end the engine process."""
         self.state = "stopped"
@@ -248,6 +261,9 @@ class AsyncEngine:
                 self._replay.fail("The server stopped.", "shutting_down")
                 return
             self.state = "restarting"
+            if self._dumps is not None and (self._successor is None or death.own_doing):
+                inside = [live for live in self.live.values() if live.given]
+                self._dumps.engine_died(death, inside, self._replay.alone, self.restarts)
             lost = self._replay.engine_died(death)
             if self._successor is not None:
                 log.warning("%d requests move to the engine that takes over.", len(lost))
@@ -316,7 +332,10 @@ class AsyncEngine:
             silence.tick()
             if self._loaded and 0 < self._hang_s <= silence.ticks * TICK_S:
                 silence.hung = True
-                log.error("The engine has said nothing for %.0f s; ending it.", self._hang_s)
+                log.error("The engine has said nothing for %.0f s; ending it. Its stacks:",
+                          self._hang_s)  # fmt: skip
+                process.dump_stacks()
+                await asyncio.sleep(STACKS_S)
                 process.kill()
                 return
 

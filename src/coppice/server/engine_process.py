@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coppice.engine.messages import (
+    STACKS_SIGNAL,
     Fatal,
     FromEngine,
     Shutdown,
@@ -157,6 +159,11 @@ class EngineProcess:
             await self._process.wait()
         self._writer.close()
         return self._process.returncode or 0
+
+    def dump_stacks(self) -> None:
+        """Have a loaded engine write the stacks of its threads to the log."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, STACKS_SIGNAL)
 
     def kill(self) -> None:
         """End it at once."""

@@ -140,6 +140,11 @@ class Replay:
         self._passed: list[LiveRequest] = []
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def alone(self) -> LiveRequest | None:
+        """The suspect that is being tried."""
+        return self._alone
+
     def give(self, live: LiveRequest) -> None:
         """Hand a request to the engine."""
         live.given = True
