@@ -11,6 +11,7 @@ import typer
 
 from coppice import __version__
 from coppice.cli import bench_speculation  # noqa: F401 - adds its command to `bench`
+from coppice.cli.admin import admin
 from coppice.cli.bench import bench
 from coppice.cli.chat import chat
 from coppice.cli.console import print_error
@@ -60,6 +61,7 @@ app.command()(chat)
 app.command("run")(run_prompt)
 app.add_typer(bench, name="bench")
 app.command()(quantize)
+app.command()(admin)
 app.command()(simulate)
 app.command()(doctor)
 

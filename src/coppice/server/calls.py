@@ -67,6 +67,10 @@ class Calls:
     def __len__(self) -> int:
         return len(self._live)
 
+    def live(self) -> list[Call]:
+        """Those that run, oldest first."""
+        return list(self._live.values())
+
     def hold(self, call: Call) -> None:
         """Begin a call that `settle` ends."""
         self._live[call.id] = call

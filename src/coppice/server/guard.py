@@ -23,6 +23,8 @@ class Policy(Enum):
     """Anybody: says nothing about the model, its users or its load."""
     KEY = "key"
     """Any valid key, when keys are set."""
+    ADMIN = "admin"
+    """Whoever may open the admin socket's file; not there on the public port."""
 
 
 POLICIES: dict[str, Policy] = {
@@ -43,6 +45,14 @@ POLICIES: dict[str, Policy] = {
     "/v1/requests/{request_id}/stream": Policy.KEY,
 }
 """Every route by its path template. What is not listed needs a key (and a test fails)."""
+
+ADMIN_POLICIES: dict[str, Policy] = {
+    "/admin/state": Policy.ADMIN,
+    "/admin/drain": Policy.ADMIN,
+    "/admin/requests/{request_id}/cancel": Policy.ADMIN,
+    "/admin/dump": Policy.ADMIN,
+}
+"""Every route of the admin socket."""
 
 
 class RequestIds:

@@ -8,14 +8,16 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from coppice.engine.config import EngineConfig
 from coppice.engine.memory import give_back
 from coppice.errors import ConfigError, CoppiceError
+from coppice.server.admin import AdminSocket, build_admin
 from coppice.server.admission import Admission
 from coppice.server.app import build_app
 from coppice.server.bodies import BodyBudget
@@ -30,6 +32,7 @@ from coppice.server.metrics import Metrics
 from coppice.server.recovery import recover
 from coppice.server.resumable import Resumables
 from coppice.server.services import Services
+from coppice.server.supervisor import Supervisor
 from coppice.server.text import TextService
 from coppice.server.tokenizing import tokenizer_of
 
@@ -88,6 +91,7 @@ class Server:
         self._signals: asyncio.Queue[int] = asyncio.Queue()
         self._forced = asyncio.Event()
         self._replacing: asyncio.Task[None] | None = None
+        self._supervisor = Supervisor()
 
     async def run(self) -> int:
         """Serve until a signal; returns the exit code.
@@ -95,23 +99,31 @@ class Server:
         Raises:
             CoppiceError: the model could not be loaded, or the address cannot be had.
         """
+        admin: AdminSocket | None = None
         try:
+            if self._config.admin_socket is not None:
+                admin = AdminSocket(Path(self._config.admin_socket))
             listener = _listen(self._config)
         except ConfigError:
+            if admin is not None:
+                admin.close()
             self.services.engine.kill()
             raise
-        http = _Http(self._uvicorn_config())
+        http = _Http(self._uvicorn_config(build_app(self.services)))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signals.put_nowait, number)
         loop.add_signal_handler(signal.SIGUSR1, self._preempted)
+        self._supervisor.begin()
         serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
         stats = asyncio.create_task(self._log_stats(), name="stats")
         try:
-            if await self._load(listener):
-                await self._drain(await self._signals.get())
+            async with self._administered(admin):
+                if await self._load(listener):
+                    await self._drain(await self._signals.get())
         finally:
             stats.cancel()
+            self._supervisor.close()
             if self._forced.is_set():
                 self.services.engine.kill()
                 http.force_exit = True
@@ -150,6 +162,7 @@ class Server:
         gc.enable()
         give_back()
         self._say_ready(listener)
+        self._supervisor.ready(f"serves {self.services.model_name}")
         if self.services.text is not None:
             self.services.text.begin()
         return True
@@ -185,6 +198,7 @@ class Server:
         services, config = self.services, self._config
         second = asyncio.ensure_future(self._signals.get())
         services.phase = "announced"
+        self._supervisor.stopping(config.drain_announce_s + config.drain_s + CLOSE_GRACE_S)
         if first == signal.SIGTERM:
             log.info("stopping: refusing work in %g s", config.drain_announce_s)
             await asyncio.wait({second}, timeout=config.drain_announce_s)
@@ -221,9 +235,25 @@ class Server:
                 ",".join(f"{name}:{count}" for name, count in ledger.outcomes.items()),
             )  # fmt: skip
 
-    def _uvicorn_config(self) -> uvicorn.Config:
+    @contextlib.asynccontextmanager
+    async def _administered(self, admin: AdminSocket | None) -> AsyncIterator[None]:
+        """Serve the admin socket meanwhile."""
+        if admin is None:
+            yield
+            return
+        app = build_admin(self.services, lambda: self._signals.put_nowait(signal.SIGTERM))
+        http = _Http(self._uvicorn_config(app))
+        serving = asyncio.create_task(http.serve(sockets=[admin.listener]), name="admin")
+        try:
+            yield
+        finally:
+            http.should_exit = True
+            await serving
+            admin.close()
+
+    def _uvicorn_config(self, app: FastAPI) -> uvicorn.Config:
         return uvicorn.Config(
-            build_app(self.services),
+            app,
             http=protocol_class(self._config),
             ws="none",
             lifespan="off",

@@ -52,6 +52,11 @@ class TextService:
         if self.tokenizer.chat_templates:
             self._templates.begin()
 
+    def cells(self) -> dict[str, dict[str, int | None]]:
+        """The processes for templates and grammars: ids, and how often they were started."""
+        named = {TEMPLATES.name: self._templates, GRAMMARS.name: self._grammars}
+        return {name: {"pid": cell.pid, "starts": cell.starts} for name, cell in named.items()}
+
     async def encode(self, text: str, *, add_special_tokens: bool, context: int) -> list[int]:
         """Token ids.
 
