@@ -8,6 +8,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,23 @@ def test_nothing_of_it_is_on_the_public_port(server: ServerProcess) -> None:
                 assert stranger.request(verb, where).status_code == 401
                 assert client.request(verb, where).status_code == 404
     assert "/admin" not in server.http().get("/openapi.json").text
+
+
+def test_the_engine_is_replaced_and_its_requests_go_on(server: ServerProcess, path: Path) -> None:
+    def text() -> str:
+        with server.http() as http:
+            body = {"prompt": "abc", "max_tokens": 300, "ignore_eos": True}
+            return str(http.post("/v1/completions", json=body).json()["choices"][0]["text"])
+
+    expected, before = text(), ask(str(path), "GET", "/admin/state")["engine"]["pid"]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(text)
+        time.sleep(0.3)
+        replaced = ask(str(path), "POST", "/admin/replace?notice_s=20")
+        assert running.result() == expected
+    assert replaced["pid"] != before and replaced["took_s"] < 20
+    with pytest.raises(RemoteError, match="notice_s"):
+        ask(str(path), "POST", "/admin/replace?notice_s=-1")
 
 
 def test_drain_over_the_socket_is_a_first_sigterm(server: ServerProcess, path: Path) -> None:

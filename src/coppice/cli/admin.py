@@ -17,7 +17,8 @@ from coppice.cli.remote import RemoteError
 from coppice.errors import ConfigError
 from coppice.server.config import ServerConfig
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 600.0
+"""An engine that is replaced loads its model first."""
 
 
 class Action(StrEnum):
@@ -27,6 +28,7 @@ class Action(StrEnum):
     DRAIN = "drain"
     CANCEL = "cancel"
     DUMP = "dump"
+    REPLACE = "replace"
 
 
 @with_settings(ServerConfig, only=["admin_socket"])
@@ -36,7 +38,7 @@ def admin(
         Action,
         typer.Argument(
             help="state: what runs. drain: as SIGTERM. cancel ID: end a request. "
-            "dump: stacks of all threads."
+            "dump: stacks of all threads. replace: another engine takes over."
         ),
     ],
     request_id: Annotated[

@@ -15,9 +15,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.middleware import Middleware
 
@@ -92,6 +92,15 @@ async def cancel(request_id: str, request: Request) -> Response:
     if not count:
         raise NotFoundError("No request of that id is running.", param="request_id")
     return JSONResponse({"id": request_id, "cancelled": count})
+
+
+@router.post("/replace")
+async def replace(
+    request: Request, notice_s: Annotated[float, Query(ge=0, le=3600)] = 30.0
+) -> Response:
+    """Another engine process takes this one's place within the notice; requests go on in it."""
+    took_s = await services_of(request).engine.replace(notice_s)
+    return JSONResponse({"pid": services_of(request).engine.pid, "took_s": took_s})
 
 
 @router.post("/dump")

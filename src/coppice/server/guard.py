@@ -51,6 +51,7 @@ ADMIN_POLICIES: dict[str, Policy] = {
     "/admin/drain": Policy.ADMIN,
     "/admin/requests/{request_id}/cancel": Policy.ADMIN,
     "/admin/dump": Policy.ADMIN,
+    "/admin/replace": Policy.ADMIN,
 }
 """Every route of the admin socket."""
 
