@@ -20,7 +20,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from coppice.errors import CoppiceError
+from coppice.cache.marks import Marks
+from coppice.cache.segment import SegmentForm
+from coppice.cache.segments import FOLDER, SegmentStore
+from coppice.errors import CheckpointError, CoppiceError
 from coppice.models.adapter import Adapter
 from coppice.models.checkpoint import open_folder
 from coppice.models.gguf import open_gguf
@@ -30,6 +33,7 @@ from tests.kits.adapter import make_adapter
 from tests.kits.fake_model import write_fake_model
 from tools.make_model import make_model
 
+MARKS = Marks(b"s" * 32, b"fuzz")
 ALLOWANCE_BYTES = 512 << 10
 INTERESTING = (
     b"\xff" * 8,
@@ -132,6 +136,45 @@ def add_adapter(path: Path) -> None:
         source.close()
 
 
+SEGMENT = SegmentForm(b"f" * 32, page_size=16, page_bytes=256, slots=8)
+SEGMENT_PAGES = [
+    (MARKS.child(MARKS.root("fuzz"), [i] * 16), np.full(256, i, np.uint8)) for i in range(6)
+]
+
+
+def segment_file(folder: Path) -> Path:
+    """Six KV pages on disk."""
+    store = open_segments(folder)
+    for key, page in SEGMENT_PAGES:
+        store.write(key, page)
+    store.close()
+    (path,) = (folder / FOLDER).glob("*.kv")
+    return path
+
+
+def open_segments(folder: Path) -> SegmentStore:
+    """The store in a folder."""
+    return SegmentStore(folder, SEGMENT, bound_bytes=1 << 20, max_age_s=1e9)
+
+
+def read_segment(path: Path) -> None:
+    """Ask for every page: each comes as it was written or not at all."""
+    store = open_segments(path.parents[1])
+    try:
+        asked, damaged = [key for key, _ in SEGMENT_PAGES], False
+        while asked:
+            found = store.read(asked)
+            for key, page in zip(asked, found, strict=False):
+                damaged |= page is None
+                if page is not None and not (page == key.tokens[0]).all():
+                    raise AssertionError("a damaged page was believed")
+            asked = asked[len(found) :]
+    finally:
+        store.close()
+    if damaged:
+        raise CheckpointError("Some pages are damaged.")
+
+
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
     "safetensors": (safetensors_file, open_safetensors),
     "gguf": (gguf_file, open_gguf),
@@ -140,6 +183,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
         lambda folder: adapter_file(folder).with_name("adapter_config.json"),
         add_adapter,
     ),
+    "kv-segment": (segment_file, read_segment),
     "tokenizer": (tokenizer_file, lambda path: Tokenizer.from_folder(path.parent)),
 }
 

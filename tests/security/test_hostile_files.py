@@ -12,7 +12,7 @@ SEED = int(os.environ.get("TEST_SEED", "1"))
 
 
 @pytest.mark.parametrize(
-    "kind", ["safetensors", "gguf", "tokenizer", "adapter", "adapter settings"]
+    "kind", ["safetensors", "gguf", "tokenizer", "adapter", "adapter settings", "kv-segment"]
 )
 @pytest.mark.parametrize(
     "count",

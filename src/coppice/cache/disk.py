@@ -7,6 +7,7 @@ The first error of the system turns the tier off for good, with one warning.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 import threading
@@ -25,6 +26,10 @@ QUEUE_BYTES = 32 << 20
 """Most bytes waiting to be written."""
 STAGED_BYTES = 64 << 20
 """Most bytes asked for and not yet taken."""
+RUN_BYTES = 4 << 20
+"""Most bytes read at a time: a page that is waited for comes with those behind it."""
+MOST_RUN = 256
+"""Most pages read at a time; the system takes so many buffers in a call."""
 GIVE_UP_S = 0.25
 """A disk that brings nothing for so long is waited for no longer: the pages are computed."""
 EXPIRE_EVERY_S = 60.0
@@ -42,6 +47,8 @@ class DiskTier:
     def __init__(self, open_store: Callable[[], SegmentStore], page_bytes: int) -> None:
         self._queue_pages = max(4, QUEUE_BYTES // page_bytes)
         self._staged_pages = max(4, STAGED_BYTES // page_bytes)
+        self._run_pages = max(1, min(RUN_BYTES // page_bytes, MOST_RUN))
+        self._spare: list[PageBytes] = []
         self._changed = threading.Condition()
         self._queue: OrderedDict[bytes, tuple[PageKey, PageBytes]] = OrderedDict()
         self._asked: OrderedDict[bytes, PageKey] = OrderedDict()
@@ -135,11 +142,17 @@ class DiskTier:
                 return time.monotonic() - self._last_read_s < GIVE_UP_S
         return False
 
-    def take(self, key: PageKey) -> PageBytes | None:
-        """A page that has been read, or still waits to be written; None otherwise."""
+    def take(self, key: PageKey, use: Callable[[PageBytes], None]) -> bool:
+        """Have a page used that was read, or still waits to be written; False without one."""
         with self._changed:
-            found = self._staged.pop(key.mark, None) or self._queue.get(key.mark)
-        return found[1] if found is not None and found[0] == key else None
+            staged = self._staged.pop(key.mark, None)
+            found = staged or self._queue.get(key.mark)
+        if found is None or found[0] != key:
+            return False
+        use(found[1])
+        if staged is not None and len(self._spare) < self._run_pages:
+            self._spare.append(staged[1])
+        return True
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything is written; False when time or the disk ran out."""
@@ -173,11 +186,11 @@ class DiskTier:
             self._changed.wait_for(
                 lambda: bool(self._asked or self._queue or self._closing), EXPIRE_EVERY_S
             )
-            asked = next(iter(self._asked.values()), None)
+            asked = list(itertools.islice(self._asked.values(), self._run_pages))
             queued = next(iter(self._queue.values()), None)
         if self._closing:
             return
-        if asked is not None:
+        if asked:
             self._read(store, asked)
         elif queued is not None:
             key, data = queued
@@ -189,13 +202,14 @@ class DiskTier:
         else:
             store.expire()
 
-    def _read(self, store: SegmentStore, key: PageKey) -> None:
-        data = store.read(key)
+    def _read(self, store: SegmentStore, keys: Sequence[PageKey]) -> None:
+        pages = store.read(keys, self._spare)
         with self._changed:
             self._last_read_s = time.monotonic()
-            self._asked.pop(key.mark, None)
-            if data is not None:
-                self._staged[key.mark] = key, data
+            for key, data in zip(keys, pages, strict=False):
+                self._asked.pop(key.mark, None)
+                if data is not None:
+                    self._staged[key.mark] = key, data
                 while len(self._staged) > self._staged_pages:
                     self._staged.popitem(last=False)
             self._changed.notify_all()

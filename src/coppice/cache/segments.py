@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,28 +111,49 @@ class SegmentStore:
         segment.size_bytes = self._form.page_at(slot + 1)
         self._put(key.mark, segment, slot)
 
-    def read(self, key: PageKey) -> PageBytes | None:
-        """A page's bytes; None when it is not there whole and the same."""
-        segment, slot = self._index.get(key.mark, (None, 0))
+    def read(
+        self, keys: Sequence[PageKey], spare: list[PageBytes] | None = None
+    ) -> list[PageBytes | None]:
+        """The first page and those behind it that lie behind it in the file, too.
+
+        Args:
+            keys: at least one.
+            spare: arrays to fill, taken from its end: touching new memory costs more than
+                reading a file that is cached.
+
+        Returns:
+            Pages by key, at least one; None for those that are not there whole and the same.
+        """
+        segment, first = self._index.get(keys[0].mark, (None, 0))
         if segment is None or segment.form is None:
-            return None
+            return [None]
+        run = 1
+        while run < len(keys) and self._index.get(keys[run].mark) == (segment, first + run):
+            run += 1
         form = segment.form
+        pages = [spare.pop() if spare else np.empty(form.page_bytes, np.uint8) for _ in range(run)]
+        headers = memoryview(bytearray(run * form.header_bytes))
         try:
             file = self._open_for_reading(segment)
         except FileNotFoundError:  # somebody deleted it
             self._drop(segment)
+            self.damaged += run
+            return [None] * run
+        whole = self._read_all(file, [headers], form.header_at(first))
+        whole = whole and self._read_all(file, [p.data for p in pages], form.page_at(first))
+        if not whole and run > 1:  # the file ends somewhere in between
+            return self.read(keys[:1], spare)
+        found: list[PageBytes | None] = []
+        for i, key in enumerate(keys[:run]):
+            header = headers[i * form.header_bytes : (i + 1) * form.header_bytes]
+            if whole and form.header(key, pages[i].data) == header:
+                found.append(pages[i])
+                continue
+            found.append(None)
             self.damaged += 1
-            return None
-        page = np.empty(form.page_bytes, np.uint8)
-        header = bytearray(form.header_bytes)
-        whole = self._read_all(file, page.data, form.page_at(slot))
-        whole = whole and self._read_all(file, memoryview(header), form.header_at(slot))
-        if whole and form.header(key, page.data) == header:
-            return page
-        self.damaged += 1
-        segment.marks.discard(key.mark)
-        del self._index[key.mark]
-        return None
+            segment.marks.discard(key.mark)
+            del self._index[key.mark]
+        return found
 
     def expire(self) -> None:
         """Drop the segments that are too old."""
@@ -162,7 +183,7 @@ class SegmentStore:
             size = self._files.size(file)
             head = bytearray(HEAD_BYTES)
             form = None
-            if self._read_all(file, memoryview(head), 0):
+            if self._read_all(file, [memoryview(head)], 0):
                 form = read_head(bytes(head), self._form)
             segment = _Segment(path, created_ns, size, form)
             self._segments.append(segment)
@@ -170,7 +191,7 @@ class SegmentStore:
                 return
             slots = min(form.slots, max(0, size - form.pages_at) // form.page_bytes)
             table = bytearray(slots * form.header_bytes)
-            if self._read_all(file, memoryview(table), form.table_at):
+            if self._read_all(file, [memoryview(table)], form.table_at):
                 for slot, mark in enumerate(form.marks(bytes(table))):
                     self._put(mark, segment, slot)
         finally:
@@ -241,14 +262,18 @@ class SegmentStore:
             file, self._writing = self._writing[1], None
             self._files.close(file)
 
-    def _read_all(self, file: int, view: memoryview, at: int) -> bool:
-        """Fill a buffer; False where the file ends before."""
-        done = 0
-        while done < len(view):
-            read = self._files.read(file, [view[done:]], at + done)
+    def _read_all(self, file: int, views: list[memoryview], at: int) -> bool:
+        """Fill buffers one after the other; False where the file ends before."""
+        while views:
+            read = self._files.read(file, views, at)
             if read == 0:
                 return False
-            done += read
+            at += read
+            while views and read >= len(views[0]):
+                read -= len(views[0])
+                views = views[1:]
+            if views:
+                views = [views[0][read:], *views[1:]]
         return True
 
     def _write_all(self, file: int, view: memoryview, at: int) -> None:
@@ -262,7 +287,7 @@ class SegmentStore:
         file = self._files.open(path, os.O_RDWR | os.O_CREAT)
         try:
             secret = bytearray(SECRET_BYTES)
-            if not self._read_all(file, memoryview(secret), 0):
+            if not self._read_all(file, [memoryview(secret)], 0):
                 secret = bytearray(secrets.token_bytes(SECRET_BYTES))
                 self._write_all(file, memoryview(secret), 0)
             return bytes(secret)

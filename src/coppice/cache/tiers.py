@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 from coppice.cache.disk import DiskTier
@@ -114,14 +115,15 @@ class Tiers:
 
     def bring(self, key: PageKey, page: int) -> bool:
         """Fill a page of the pool; False when no tier has it after all."""
-        data, tier = None if self.ram is None else self.ram.take(key), "ram"
-        if data is None and self.disk is not None:
-            data, tier = self.disk.take(key), "disk"
-            self.misses["ram"] += self.ram is not None
-        if data is None:
+        fill = partial(self._pool.write_page, page)
+        if self.ram is not None and (data := self.ram.take(key)) is not None:
+            fill(data)
+            self.hits["ram"] += 1
+            return True
+        if self.disk is None or not self.disk.take(key, fill):
             return False
-        self._pool.write_page(page, data)
-        self.hits[tier] += 1
+        self.hits["disk"] += 1
+        self.misses["ram"] += 1
         return True
 
     def missed(self, num_pages: int) -> None:

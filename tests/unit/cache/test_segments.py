@@ -34,6 +34,11 @@ def open_store(folder: Path, form: SegmentForm = FORM, **kwargs: object) -> Segm
     return SegmentStore(folder, form, **more)  # type: ignore[arg-type]
 
 
+def read_one(store: SegmentStore, key: PageKey) -> PageBytes | None:
+    (found,) = store.read([key])
+    return found
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Pages are written, read, lost with old segments, found again after restarts, and damaged."""
 
@@ -59,13 +64,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.written.add(number)
         assert key in self.store
         if not self.damages:  # what was written last is not what is dropped
-            assert np.array_equal(self.store.read(key), data)
+            assert np.array_equal(read_one(self.store, key), data)
 
     @rule(number=st.integers(0, 30))
     def read(self, number: int) -> None:
         key, data = page_of(number)
         known = key in self.store
-        found = self.store.read(key)
+        found = read_one(self.store, key)
         if found is not None:
             assert known and number in self.written and np.array_equal(found, data)
         else:
@@ -128,7 +133,28 @@ def test_pages_outlive_the_process_that_wrote_them(tmp_path: Path) -> None:
     assert len(store) == 8
     for number in range(8):
         key, data = page_of(number)
-        assert np.array_equal(store.read(key), data)
+        assert np.array_equal(read_one(store, key), data)
+    store.close()
+
+
+@pytest.mark.parametrize("rot", [0.0, 0.03])
+def test_runs_are_read_at_once_and_come_out_in_order(tmp_path: Path, rot: float) -> None:
+    files = FaultyFiles(3, rot=rot)
+    store = open_store(tmp_path, bound_bytes=100 * FORM.file_bytes)
+    order = [*range(40), 7, 3, 99, 5]
+    for number in range(40):
+        store.write(*page_of(number))
+    store.close()
+    store = open_store(tmp_path, bound_bytes=100 * FORM.file_bytes, files=files)
+    rest, right = order, 0
+    while rest:
+        found = store.read([page_of(number)[0] for number in rest])
+        for number, page in zip(rest, found, strict=False):
+            assert page is None or np.array_equal(page, page_of(number)[1])
+            assert page is not None or rot or number == 99
+            right += page is not None
+        rest = rest[len(found) :]
+    assert right == 43 if not rot else 20 < right < 43
     store.close()
 
 
@@ -197,7 +223,7 @@ def test_a_folder_written_with_other_segment_sizes_is_read(tmp_path: Path) -> No
     store.close()
     store = open_store(tmp_path, SegmentForm(b"f" * 32, page_size=4, page_bytes=1000, slots=7))
     for number in range(5):
-        assert np.array_equal(store.read(page_of(number)[0]), page_of(number)[1])
+        assert np.array_equal(read_one(store, page_of(number)[0]), page_of(number)[1])
     store.close()
 
 
@@ -218,9 +244,9 @@ def test_a_mark_is_not_enough(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     key, data = page_of(1)
     store.write(key, data)
-    assert store.read(key._replace(tokens=(9, 9, 9, 9))) is None
+    assert read_one(store, key._replace(tokens=(9, 9, 9, 9))) is None
     store.write(key, data)
-    assert store.read(key._replace(parent=b"x" * 16)) is None
+    assert read_one(store, key._replace(parent=b"x" * 16)) is None
     assert store.damaged == 2
     store.close()
 
@@ -251,7 +277,7 @@ def test_rotten_reads_give_the_page_or_nothing(tmp_path: Path, seed: int) -> Non
     right = 0
     for number in random.Random(seed).sample(range(60), 60):
         key, data = page_of(number)
-        found = store.read(key)
+        found = read_one(store, key)
         assert found is None or np.array_equal(found, data)
         right += found is not None
     assert files.faults and 20 < right < 60 and store.damaged == 60 - right

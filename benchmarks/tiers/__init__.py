@@ -1,0 +1,1 @@
+"""Prefixes brought back from RAM and disk beside computing them."""
