@@ -35,6 +35,8 @@ MODEL = "qwen2.5-0.5b"
 LEAST_SPEEDUP = 10.0
 LEAST_OF_DISK = 0.5
 REPEATS = 3
+RESOLUTION_S = 5e-3
+"""Two medians that are closer are the same; a rate of less time would be made of noise."""
 
 
 @dataclass
@@ -169,8 +171,8 @@ def main() -> int:
 
 def add(report: Report, times: Times, peer: SlotTimes | None) -> None:
     """A row, its metrics and its goals."""
-    rate = times.page_bytes / max(times.disk - times.pool, 1e-9)
-    ram_rate = times.page_bytes / max(times.ram - times.pool, 1e-9)
+    rate = times.page_bytes / max(times.disk - times.pool, RESOLUTION_S)
+    ram_rate = times.page_bytes / max(times.ram - times.pool, RESOLUTION_S)
     seconds = (times.cold, times.pool, times.ram, times.disk, times.cached_file)
     report.rows.append(
         [
