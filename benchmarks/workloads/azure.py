@@ -8,6 +8,7 @@ since the traces come from large GPU clusters; their ratios stay.
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import random
 from dataclasses import dataclass
@@ -52,7 +53,12 @@ def azure_lengths(
 
 def text_tokens(count: int, vocab_size: int, seed: int) -> list[int]:
     """Bytes of real text as token ids below ``vocab_size``: distinct prompts of any length."""
-    with gzip.open(DATA / "wikitext2" / "valid.txt.gz", "rb") as file:
-        text = file.read()
+    text = _text()
     start = random.Random(seed).randrange(len(text) - count - 1)
     return [4 + byte % (vocab_size - 4) for byte in text[start : start + count]]
+
+
+@functools.cache
+def _text() -> bytes:
+    with gzip.open(DATA / "wikitext2" / "valid.txt.gz", "rb") as file:
+        return file.read()

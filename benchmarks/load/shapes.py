@@ -1,0 +1,267 @@
+"""The loads: saturation, burst, crowd, slow readers, idle connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from benchmarks.load.client import (
+    Ask,
+    Told,
+    closed,
+    conversation,
+    goodput,
+    make_ask,
+    percentile,
+    poisson,
+    send,
+)
+from benchmarks.scorecard.subjects import Running
+
+FACTORS = (0.7, 1.0, 1.5, 3.0)
+CLIENTS = 32
+CLASSES = (16, 64, 256, 1024, 1800)
+BURST = 1000
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of saturation.
+
+    Attributes:
+        factor: offered load, in capacities.
+        refusal_s: time until a refusal was read, at p99; NaN without one.
+    """
+
+    factor: float
+    goodput: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    refusal_s: float
+    endings: Counter[str] = field(default_factory=Counter)
+    why: str = ""
+
+
+def capacity(server: Running, seconds: float) -> float:
+    """Good requests a second of a crowd that always has the next one ready."""
+    warm_up_s = min(4.0, seconds)
+    asyncio.run(closed(server.port, conversation(4000, seed=11), CLIENTS, seconds=warm_up_s))
+    told = asyncio.run(closed(server.port, conversation(4000, seed=1), CLIENTS, seconds=seconds))
+    return goodput(told)
+
+
+def saturation(server: Running, at_capacity: float, seconds: float) -> list[Level]:
+    """Poisson arrivals at each of `FACTORS`."""
+    levels = []
+    for number, factor in enumerate(FACTORS):
+        rate = factor * at_capacity
+        asks = list(conversation(int(1.3 * rate * seconds) + 50, seed=2 + number))
+        told = asyncio.run(poisson(server.port, asks, rate, seconds=seconds, seed=number))
+        levels.append(level(factor, told))
+    return levels
+
+
+def level(factor: float, told: Sequence[Told]) -> Level:
+    """The figures of one level."""
+    admitted = [t for t in told if t.ending == "finished"]
+    refused = [t.ended_s - t.sent_s for t in told if t.ending == "refused"]
+    return Level(
+        factor,
+        goodput(told),
+        percentile([t.ttft_s for t in admitted], 0.5),
+        percentile([t.ttft_s for t in admitted], 0.99),
+        percentile(refused, 0.99),
+        Counter(t.ending for t in told),
+        next((t.why for t in told if t.ending == "failed"), ""),
+    )
+
+
+@dataclass(frozen=True)
+class Burst:
+    """A thousand requests in a second, then silence.
+
+    Attributes:
+        empty_s: until the last one ended, from the last one's sending.
+        predicted_s: those admitted over the capacity.
+    """
+
+    endings: Counter[str]
+    empty_s: float
+    predicted_s: float
+
+
+def burst(server: Running, at_capacity: float, *, patience_s: float) -> Burst:
+    """`BURST` requests at random moments of one second."""
+    asks, rng = list(conversation(BURST, seed=9)), random.Random(9)
+
+    async def one(ask: Ask, wait_s: float) -> Told:
+        await asyncio.sleep(wait_s)
+        return await send(server.port, ask, patience_s=patience_s)
+
+    async def all_() -> list[Told]:
+        return list(await asyncio.gather(*(one(ask, rng.random()) for ask in asks)))
+
+    began = time.monotonic()
+    told = asyncio.run(all_())
+    finished = sum(t.ending == "finished" for t in told)
+    empty_s = max(t.ended_s for t in told) - began
+    return Burst(Counter(t.ending for t in told), empty_s, finished / at_capacity)
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Closed-loop clients with prompts from short to long.
+
+    Attributes:
+        solo_s: the shortest class alone, from sending to the last byte.
+        waits: by prompt length, the longest time to a first token, in ``solo_s``.
+    """
+
+    endings: Counter[str]
+    solo_s: float
+    waits: dict[int, float]
+    goodput: float
+
+
+def crowd(server: Running, seconds: float, clients: int = 64) -> Crowd:
+    """64 clients; each of `CLASSES` is asked for equally often."""
+    solo = [asyncio.run(send(server.port, make_ask(CLASSES[0], 32, 7 + i))) for i in range(5)]
+    solo_s = statistics.median(t.ended_s - t.sent_s for t in solo)
+    rng = random.Random(4)
+    asks = (make_ask(rng.choice(CLASSES), 32, 10_000 + i) for i in range(100_000))
+    told = asyncio.run(closed(server.port, asks, clients, seconds=seconds))
+    waits = {
+        length: max((t.ttft_s for t in told if t.ask.prompt == length and t.first_s), default=0.0)
+        for length in CLASSES
+    }
+    return Crowd(
+        Counter(t.ending for t in told),
+        solo_s,
+        {length: wait / solo_s for length, wait in waits.items()},
+        goodput(told),
+    )
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Clients that read one byte a second, beside others.
+
+    Attributes:
+        alone, beside: tokens a second of the normal ones, without and with them.
+        grown_mib: memory the server took for them, at most.
+    """
+
+    alone: float
+    beside: float
+    grown_mib: float
+    failed: int
+
+
+def slow_readers(server: Running, seconds: float, *, slow: int = 100, normal: int = 16) -> Slow:
+    """Normal clients before and while ``slow`` streams are hardly read."""
+    asks = conversation(10_000, seed=12)  # each is sent once
+    asyncio.run(closed(server.port, asks, normal, seconds=2.0))
+    first = asyncio.run(closed(server.port, asks, normal, seconds=seconds))
+    before = anonymous_mib(server.family())
+
+    async def both() -> tuple[list[Told], float]:
+        stop = asyncio.Event()
+        readers = [asyncio.create_task(_read_slowly(server.port, i, stop)) for i in range(slow)]
+        watch = asyncio.create_task(_watch(server, stop))
+        await asyncio.sleep(2.0)
+        while await asyncio.to_thread(_busy, server):  # until they are parked, or all written
+            await asyncio.sleep(0.5)
+        told = await closed(server.port, asks, normal, seconds=seconds)
+        stop.set()
+        await asyncio.gather(*readers)
+        return told, await watch
+
+    second, peak = asyncio.run(both())
+    failed = sum(t.ending == "failed" for t in [*first, *second])
+    return Slow(_tokens_s(first), _tokens_s(second), peak - before, failed)
+
+
+def _tokens_s(told: Sequence[Told]) -> float:
+    seconds = max(t.ended_s for t in told) - min(t.sent_s for t in told)
+    return sum(t.ask.prompt + t.ask.answer for t in told if t.ending == "finished") / seconds
+
+
+async def _read_slowly(port: int, number: int, stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        raw.setblocking(False)
+        await loop.sock_connect(raw, ("127.0.0.1", port))
+        await loop.sock_sendall(raw, make_ask(100, 200, 50_000 + number).data)
+        while not stop.is_set():
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                async with asyncio.timeout(1.0):
+                    await loop.sock_recv(raw, 1)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), 1.0)
+
+
+async def _watch(server: Running, stop: asyncio.Event) -> float:
+    peak = 0.0
+    while not stop.is_set():
+        peak = max(peak, await asyncio.to_thread(anonymous_mib, server.family()))
+        await asyncio.sleep(0.25)
+    return peak
+
+
+def _busy(server: Running) -> bool:
+    """Whether the server computes: its processes take more than half a core."""
+    before = _cpu_s(server)
+    time.sleep(0.5)
+    return _cpu_s(server) - before > 0.25
+
+
+def _cpu_s(server: Running) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in server.family())
+
+
+def anonymous_mib(processes: Iterable[psutil.Process]) -> float:
+    """Memory of these processes that no file stands behind."""
+    total = 0
+    for process in processes:
+        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Anonymous:"):
+                total += int(line.split()[1])
+    return total / 1024
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Connections that are held open and say next to nothing."""
+
+    opened: int
+    grown_mib: float
+    answered_s: float
+
+
+def idle_connections(server: Running, count: int = 1000) -> Idle:
+    """``count`` connections with half a head each; one request among them."""
+    before, held = anonymous_mib(server.family()), []
+    try:
+        for _ in range(count):
+            raw = socket.create_connection(("127.0.0.1", server.port))
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Half: a")
+            held.append(raw)
+        time.sleep(1.0)
+        told = asyncio.run(send(server.port, make_ask(16, 8, 3), patience_s=20.0))
+        grown = anonymous_mib(server.family()) - before
+    finally:
+        for raw in held:
+            raw.close()
+    answered_s = told.ended_s - told.sent_s if told.ending == "finished" else float("inf")
+    return Idle(len(held), grown, answered_s)
