@@ -32,6 +32,9 @@ FACTORS = (0.7, 1.0, 1.5, 3.0)
 CLIENTS = 32
 CLASSES = (16, 64, 256, 1024, 1800)
 BURST = 1000
+SETTLE_S = 6.0
+"""Of each level of saturation nothing is counted that was sent earlier: a standing queue is
+borne for two seconds and drained after that."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ def saturation(server: Running, at_capacity: float, seconds: float) -> list[Leve
         rate = factor * at_capacity
         asks = list(conversation(int(1.3 * rate * seconds) + 50, seed=2 + number))
         told = asyncio.run(poisson(server.port, asks, rate, seconds=seconds, seed=number))
-        levels.append(level(factor, told))
+        from_s = min(t.sent_s for t in told) + SETTLE_S
+        levels.append(level(factor, [t for t in told if t.sent_s >= from_s]))
     return levels
 
 

@@ -1,4 +1,4 @@
-"""Who is let in: three bounds, checked before and after tokenizing."""
+"""Who is let in: bounds on places, prompts, pages and lateness, before and after tokenizing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from coppice.engine.request import Request
 from coppice.errors import CapacityError, RequestError
 from coppice.server.config import ServerConfig
 from coppice.server.engine_client import AsyncEngine
+from coppice.server.pressure import Pressure
 
 CHARS_PER_TOKEN = 3.0
 """Estimate used before the exact count is known; English text has about four."""
@@ -75,6 +76,7 @@ class Admission:
         self.promised = Load()
         self._tenants: Counter[str] = Counter()
         self._finish_times: deque[tuple[float, int]] = deque(maxlen=64)
+        self._pressure = Pressure(config.overload_wait_s)
 
     def admit(self, tenant: str, load: Load, *, share: float = 1.0) -> Permit:
         """Take a place for ``load``.
@@ -96,10 +98,12 @@ class Admission:
         self._check_sequences(tenant, load, share)
         self._check_waiting(load)
         self._check_pages(load)
+        self._check_pressure(load)
 
     def require_place(self, tenant: str, *, share: float = 1.0) -> None:
         """Raise `CapacityError` when not even the smallest call would be let in."""
         self._check_sequences(tenant, _SMALLEST, share)
+        self._check_pressure(_SMALLEST)
 
     def take(self, tenant: str, load: Load) -> None:
         """Count a load that was checked."""
@@ -165,6 +169,18 @@ class Admission:
             raise CapacityError(
                 "The KV cache is promised to other requests; try again later.",
                 retry_after_s=self._until_free(1), code="pages_promised",
+            )  # fmt: skip
+
+    def _check_pressure(self, load: Load) -> None:
+        if self._pressure.refuses(
+            self._engine.live.values(),
+            waiting=self.waiting_tokens(),
+            more=load.prompt_tokens,
+            rate_tok_s=self._prefill_rate(),
+        ):
+            raise CapacityError(
+                "More is asked of this server than it can do, and answers begin late; try again "
+                "later.", retry_after_s=self._until_free(1), code="overloaded",
             )  # fmt: skip
 
     def _prefill_rate(self) -> float:

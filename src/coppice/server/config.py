@@ -39,6 +39,11 @@ class ServerConfig(RoomConfig):
     max_waiting_s: float = setting(
         30.0, "Prompt work that may wait, in seconds of measured prefill.", minimum=0.1
     )
+    overload_wait_s: float = setting(
+        0.25, "Wait for a first token, beyond twice what reading its prompt takes, that is borne "
+        "for two seconds; after that newcomers are refused while anybody waits longer. 0 bears "
+        "any wait.", minimum=0.0,
+    )  # fmt: skip
     pages_overcommit: float = setting(
         8.0, "KV pages that may be promised, as a multiple of the pages there are.", minimum=1.0
     )
