@@ -162,14 +162,14 @@ async def poisson(
 
 async def closed(port: int, asks: Iterable[Ask], clients: int, *, seconds: float) -> list[Told]:
     """So many clients, each with one request at a time, until the time is over."""
-    until, told = time.monotonic() + seconds, []
+    until, told, rng = time.monotonic() + seconds, [], random.Random(clients)
     left = iter(asks)
 
     async def work() -> None:
         while time.monotonic() < until and (ask := next(left, None)) is not None:
             told.append(await send(port, ask))
             if told[-1].ending == "refused":
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(rng.uniform(0.25, 1.0))
 
     await asyncio.gather(*(work() for _ in range(clients)))
     return told

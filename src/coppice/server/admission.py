@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -19,6 +20,8 @@ CHARS_PER_TOKEN = 3.0
 FIRST_RATE_TOK_S = 1000.0
 """Prefill rate assumed until one was measured."""
 RETRY_MIN_S, RETRY_MAX_S = 1.0, 60.0
+SPREAD_S = 2.0
+"""Those turned away together are told to come back at different times, up to so far apart."""
 
 
 @dataclass(slots=True)
@@ -180,7 +183,8 @@ class Admission:
         ):
             raise CapacityError(
                 "More is asked of this server than it can do, and answers begin late; try again "
-                "later.", retry_after_s=self._until_free(1), code="overloaded",
+                "later.", code="overloaded",
+                retry_after_s=self._until_free(1) + random.uniform(0.0, SPREAD_S),
             )  # fmt: skip
 
     def _prefill_rate(self) -> float:

@@ -1,9 +1,9 @@
 """Whether first tokens come late, and not just for a moment: then newcomers are refused.
 
 A burst is let in and waits its turn. A queue that stands is another thing: it serves nobody
-sooner, and everybody in it waits for all of it. So once somebody has been late without a break
-for `PATIENCE_S`, nobody comes in while somebody is late, or would be so by coming in, until
-`CALM_S` have passed without need.
+sooner, and everybody in it waits for all of it. So once somebody has been late for
+`PATIENCE_S`, without a break and without the queue getting shorter, nobody comes in while
+somebody is late, or would be so by coming in, until `CALM_S` have passed without need.
 
 Source: Nichols and Jacobson, Controlling Queue Delay (ACM Queue 2012); Maurer, Fail at Scale
 (ACM Queue 2015), for servers.
@@ -11,6 +11,7 @@ Source: Nichols and Jacobson, Controlling Queue Delay (ACM Queue 2012); Maurer, 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -19,6 +20,8 @@ from coppice.server.replay import LiveRequest
 PATIENCE_S, CALM_S = 2.0, 5.0
 UNSEEN_S = 1.0
 """Longest time between two looks over which what was late stays so."""
+SHORTER = 0.9
+"""A queue gets shorter when it comes down to this share of its shortest."""
 READINGS = 2.0
 """A first token is late after so many times what reading the prompt takes, and ``wait_s``."""
 
@@ -39,6 +42,7 @@ class Pressure:
         self._clock = clock
         self._looked_s = self._in_time_s = clock()
         self._strict_until_s = self._looked_s
+        self._shortest = math.inf
 
     def refuses(
         self, live: Iterable[LiveRequest], *, waiting: int, more: int, rate_tok_s: float
@@ -56,7 +60,9 @@ class Pressure:
         now = self._clock()
         late_since = self._late_since(live, now, rate_tok_s)
         if late_since is None:
-            self._in_time_s = now
+            self._in_time_s, self._shortest = now, math.inf
+        elif waiting <= SHORTER * self._shortest:
+            self._in_time_s, self._shortest = now, waiting
         elif now - self._looked_s > UNSEEN_S:
             self._in_time_s = late_since
         self._looked_s = now

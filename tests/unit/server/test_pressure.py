@@ -49,6 +49,30 @@ def test_a_burst_is_borne_for_a_while() -> None:
     assert all(queue.pass_time(3.0)[8:])
 
 
+def test_a_burst_that_is_being_worked_off_is_borne_to_its_end() -> None:
+    queue = Queue()
+    late = [queue.arrive() for _ in range(200)]
+    for one in late:  # 20 s of reading; everybody after the first few is late
+        assert not queue.refuses()
+        queue.now += 0.1
+        one.started = True
+
+
+def test_a_queue_that_only_keeps_its_length_is_not() -> None:
+    queue = Queue()
+    for _ in range(30):
+        queue.arrive()
+    refused = []
+    for number in range(100):
+        queue.now += 0.1
+        refused.append(queue.refuses())
+        for one in queue.live[number : number + 1]:
+            one.started = True
+        if not refused[-1]:
+            queue.arrive()
+    assert not any(refused[: int(PATIENCE_S / 0.1)]) and refused.count(True) > 20
+
+
 def test_who_is_answered_in_time_lets_others_in_for_ever() -> None:
     queue = Queue()
     for _ in range(100):
@@ -96,6 +120,9 @@ def test_a_long_prompt_may_take_its_time(prompt: int) -> None:
 def test_lateness_between_two_looks_counts_from_when_it_began() -> None:
     queue = Queue()
     queue.arrive()
+    assert not queue.refuses()
+    queue.now += 1.0
+    assert not queue.refuses()
     queue.now += 60.0
     assert queue.refuses(), "it has waited for a minute"
 
