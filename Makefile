@@ -10,13 +10,14 @@ STEP := sh tools/step
 NATIVE := $(wildcard CMakeLists.txt) $(shell find src -name '*.cpp' -o -name '*.h' 2>/dev/null)
 SOURCES := pyproject.toml $(NATIVE) $(shell find src -type f ! -name '*.pyc' ! -name '*.so' 2>/dev/null)
 
-.PHONY: demo test test-slow bench peers lint format native docs clean help
+.PHONY: demo test test-slow bench soak peers lint format native docs clean help
 
 help:
 	@echo "make demo       install into $(VENV), serve the bundled model, stream one answer"
 	@echo "make test       every check of a change (what CI runs)"
 	@echo "make test-slow  the long tests"
 	@echo "make bench      the benchmarks, each beside its peer"
+	@echo "make soak       45 minutes of a mixed load: memory, descriptors, pages, latency"
 	@echo "make peers      build the systems the benchmarks compare with, under .peers"
 	@echo "make lint       ruff, mypy, import directions, sizes, bans"
 	@echo "make format     let ruff format and fix what it can"
@@ -37,6 +38,9 @@ bench: $(VENV)/.test-installed
 	@$(BIN)/python -m benchmarks.decode
 	@$(BIN)/python -m benchmarks.kernels
 	@$(BIN)/python -m pytest -q -m peer
+
+soak: $(VENV)/.test-installed
+	@$(BIN)/python -m benchmarks.soak
 
 # Half an hour the first time; what is built is left alone. PEERS="llama.cpp" builds only that.
 peers: $(VENV)/.test-installed

@@ -8,9 +8,9 @@ import time
 from functools import partial
 from typing import Any
 
-import psutil
 import pytest
 
+from tests.kits.injector import engines
 from tests.kits.load import BODIES, Crowd, ask
 from tests.kits.server import ServerProcess
 
@@ -19,7 +19,7 @@ ENGINE: dict[str, Any] = {"kv_cache_mib": 64, "speculate": "auto", "prefix_cache
 
 def kill_engine(server: ServerProcess) -> set[int]:
     """SIGKILL, whether it has loaded its model already or not; whom it hit."""
-    children = psutil.Process(server.process.pid).children()
+    children = engines(server)
     for child in children:
         child.kill()
     return {child.pid for child in children}

@@ -43,6 +43,16 @@ def seeded() -> Iterator[random.Random]:
         raise
 
 
+def engines(server: ServerProcess) -> list[psutil.Process]:
+    """The engine process, if there is one; the front end has other children, too."""
+    found = []
+    for child in psutil.Process(server.process.pid).children():
+        with suppress(psutil.NoSuchProcess):
+            if {"coppice.engine.process", "tests.kits.fake_engine"} & set(child.cmdline()):
+                found.append(child)
+    return found
+
+
 class Injector:
     """Harms the engine process of a server."""
 
@@ -51,10 +61,9 @@ class Injector:
         self._rng = rng
 
     def kill(self) -> None:
-        """SIGKILL to every child, loaded or not."""
-        for child in psutil.Process(self._server.process.pid).children():
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
+        """SIGKILL, whether it has loaded its model already or not."""
+        for child in engines(self._server):
+            child.kill()
 
     def stand_still(self, seconds: float) -> None:
         """SIGSTOP for so long, then SIGCONT."""

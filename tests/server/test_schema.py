@@ -47,10 +47,10 @@ def test_no_data_makes_a_5xx_or_breaks_the_document(fake_model: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(4 * 3600)
 def test_no_data_makes_a_5xx_long(fake_model: Path, tmp_path: Path) -> None:
     with ServerProcess(fake_model, fake={"step_s": 0.0}) as server:
-        fuzz(server, tmp_path, 100, most_s=1500)
+        fuzz(server, tmp_path, 2000, most_s=3 * 3600)
         info = server.wait_idle()
         assert info["engine"]["pages_used"] == 0 and info["state"] == "ok"
         assert info["outcomes"]["finished"] > 0 and info["outcomes"]["failed"] == 0
