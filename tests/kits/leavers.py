@@ -61,7 +61,7 @@ class Neighbours:
     """
 
     BODY: ClassVar[dict[str, Any]] = {
-        "prompt": "It was the best of times,", "max_tokens": 400, "seed": 3, "ignore_eos": True,
+        "prompt": "It was the best of times,", "max_tokens": 150, "seed": 3, "ignore_eos": True,
     }  # fmt: skip
 
     def __init__(self, server: ServerProcess, count: int) -> None:
