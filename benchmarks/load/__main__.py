@@ -53,20 +53,20 @@ class Run:
                 f"{each.factor:g} x capacity",
                 f"{each.goodput:.2f} good/s; TTFT p50 {each.ttft_p50_s:.2f} p99 "
                 f"{each.ttft_p99_s:.2f} s; refused in {1e3 * each.refusal_s:.0f} ms at p99; "
-                f"{dict(each.endings)} {each.why[:80]}",
+                f"{each.endings} {each.why[:80]}",
             )
 
     def _burst(self, server: Running) -> None:
         made = shapes.burst(server, self.capacity, patience_s=60.0 if self.quick else 600.0)
         self.figures["burst"] = asdict(made)
-        self._row("burst", f"{dict(made.endings)}; empty after {made.empty_s:.1f} s, predicted "
+        self._row("burst", f"{made.endings}; empty after {made.empty_s:.1f} s, predicted "
                            f"{made.predicted_s:.1f} s")  # fmt: skip
 
     def _crowd(self, server: Running) -> None:
         made = shapes.crowd(server, 15.0 if self.quick else 1800.0)
         self.figures["crowd"] = asdict(made)
         waits = ", ".join(f"{length}: {wait:.1f}" for length, wait in made.waits.items())
-        self._row("crowd", f"{dict(made.endings)}; longest wait in solo times ({made.solo_s:.2f} "
+        self._row("crowd", f"{made.endings}; longest wait in solo times ({made.solo_s:.2f} "
                            f"s) by prompt length: {waits}")  # fmt: skip
 
     def _slow(self, server: Running) -> None:

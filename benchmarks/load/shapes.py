@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import psutil
 
 from benchmarks.load.client import (
     Ask,
+    Ending,
     Told,
     closed,
     conversation,
@@ -51,7 +53,7 @@ class Level:
     ttft_p50_s: float
     ttft_p99_s: float
     refusal_s: float
-    endings: Counter[str] = field(default_factory=Counter)
+    endings: dict[str, int] = field(default_factory=dict)
     why: str = ""
 
 
@@ -85,9 +87,15 @@ def level(factor: float, told: Sequence[Told]) -> Level:
         percentile([t.ttft_s for t in admitted], 0.5),
         percentile([t.ttft_s for t in admitted], 0.99),
         percentile(refused, 0.99),
-        Counter(t.ending for t in told),
+        _count(told),
         next((t.why for t in told if t.ending == "failed"), ""),
     )
+
+
+def _count(told: Sequence[Told]) -> dict[str, int]:
+    """How many ended in which way, every way named."""
+    counts = Counter(t.ending for t in told)
+    return {ending: counts[ending] for ending in get_args(Ending)}
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Burst:
         predicted_s: those admitted over the capacity.
     """
 
-    endings: Counter[str]
+    endings: dict[str, int]
     empty_s: float
     predicted_s: float
 
@@ -119,7 +127,7 @@ def burst(server: Running, at_capacity: float, *, patience_s: float) -> Burst:
     told = asyncio.run(all_())
     finished = sum(t.ending == "finished" for t in told)
     empty_s = max(t.ended_s for t in told) - began
-    return Burst(Counter(t.ending for t in told), empty_s, finished / at_capacity)
+    return Burst(_count(told), empty_s, finished / at_capacity)
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class Crowd:
         waits: by prompt length, the longest time to a first token, in ``solo_s``.
     """
 
-    endings: Counter[str]
+    endings: dict[str, int]
     solo_s: float
     waits: dict[int, float]
     goodput: float
@@ -149,7 +157,7 @@ def crowd(server: Running, seconds: float, clients: int = 64) -> Crowd:
         for length in CLASSES
     }
     return Crowd(
-        Counter(t.ending for t in told),
+        _count(told),
         solo_s,
         {length: wait / solo_s for length, wait in waits.items()},
         goodput(told),

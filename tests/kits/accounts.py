@@ -1,4 +1,7 @@
-"""Whether a server lost anything: pages, places, descriptors, memory, calls."""
+"""Whether a server lost anything: pages, places, descriptors, memory, calls.
+
+Descriptors and memory are those of the front end and the engine; cells come and go.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from typing import Any
 
 import psutil
 
-from tests.kits.memory import family, memory_mib
+from tests.kits.injector import engines
+from tests.kits.memory import memory_mib
 from tests.kits.server import ServerProcess
 
 ENDS = ("finished", "cancelled", "expired", "refused", "failed")
@@ -15,7 +19,7 @@ ENDS = ("finished", "cancelled", "expired", "refused", "failed")
 
 def descriptors(server: ServerProcess) -> list[int]:
     """Open files and sockets of each of its processes, once closed connections are gone."""
-    processes = [psutil.Process(pid) for pid in family(server.process.pid)]
+    processes = _both(server)
     counts = [process.num_fds() for process in processes]
     for _ in range(10):
         time.sleep(0.05)
@@ -25,7 +29,11 @@ def descriptors(server: ServerProcess) -> list[int]:
 
 def anonymous_mib(server: ServerProcess) -> float:
     """Memory of its processes that no file stands behind, MiB."""
-    return sum(memory_mib(pid)["Anonymous"] for pid in family(server.process.pid))
+    return sum(memory_mib(process.pid)["Anonymous"] for process in _both(server))
+
+
+def _both(server: ServerProcess) -> list[psutil.Process]:
+    return [psutil.Process(server.process.pid), *engines(server)]
 
 
 def require_idle_and_whole(server: ServerProcess, timeout_s: float = 20.0) -> dict[str, Any]:

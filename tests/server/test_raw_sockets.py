@@ -44,7 +44,8 @@ def whole(server: ServerProcess) -> Iterator[None]:
     before = descriptors(server)
     yield
     require_idle_and_whole(server)
-    assert all(now <= was for now, was in zip(descriptors(server), before, strict=True))
+    after = descriptors(server)
+    assert all(now <= was for now, was in zip(after, before, strict=True)), (after, before)
     with server.http() as http:
         assert http.post(PATH, json={"prompt": "a"}).status_code == 200
 
