@@ -8,11 +8,13 @@ a terminal reaches both) are ignored here: the front end decides when to stop.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import faulthandler
 import gc
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -54,6 +56,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()  # a crash in native code says where
     faulthandler.register(STACKS_SIGNAL)
+    die_with_parent(on=True)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(args.socket)
     with connection:
@@ -65,6 +68,13 @@ def main() -> int:
             return error.exit_code
         except (BrokenPipeError, ConnectionResetError):
             return 0  # the front end is gone, and with it everyone who waited
+
+
+def die_with_parent(*, on: bool) -> None:
+    """Have the system end this process with its parent: who loads a model hears nothing else."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1  # noqa: N806
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL) if on else 0)
 
 
 def _serve(connection: socket.socket, config: EngineConfig) -> int:
@@ -85,6 +95,7 @@ def _serve(connection: socket.socket, config: EngineConfig) -> int:
     loop = EngineLoop(engine, send)
     signal.signal(signal.SIGTERM, lambda *_: loop.inbox.put(Shutdown()))
     send([Ready(engine.facts())])
+    die_with_parent(on=False)  # from here on the reader sees its end, and what is kept is written
     threading.Thread(target=_read, args=(connection, loop), name="reader", daemon=True).start()
     loop.run()
     engine.close()
