@@ -51,7 +51,8 @@ log = logging.getLogger("coppice.server.cells")
 MAX_WAITING = 1024
 WAIT_S = 20.0
 """Longest wait for a turn; then there are too many jobs for one process."""
-START_S = 30.0
+START_S, STARTS_IN_VAIN = 30.0, 3
+"""How long a start may take, and how many may fail before those who wait are told."""
 REMEMBER_S, MAX_REMEMBERED = 60.0, 256
 """A job that had to be ended is refused unseen for a while: sent again, it costs nothing."""
 _ERRORS = {
@@ -187,18 +188,24 @@ class Cells:
     async def _keep(self) -> None:
         """Have a process, and do one job after another in it."""
         again: _Ask | None = None
+        in_vain = 0
         try:
             while True:
                 if self._process is None:
                     try:
                         await self._start()
                     except (OSError, EOFError, TimeoutError, msgspec.MsgspecError) as error:
-                        log.error("The %s cell does not start: %r", self._kind.name, error)
                         await self._stop()
+                        in_vain += 1
+                        if in_vain < STARTS_IN_VAIN:  # it may have been ended from outside
+                            continue
+                        log.error("The %s cell does not start: %r", self._kind.name, error)
+                        in_vain = 0
                         self._fail_waiting(again)
                         again = None
                         await asyncio.sleep(1.0)
                         continue
+                    in_vain = 0
                 ask = again or await self._turns.next()
                 again = ask if await self._do(ask) else None
         finally:
