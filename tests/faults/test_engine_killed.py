@@ -37,11 +37,10 @@ def wait_ready(server: ServerProcess, timeout_s: float = 60.0) -> float:
 @pytest.mark.parametrize(
     "kills",
     [
-        20,
+        pytest.param(20, marks=pytest.mark.timeout(240)),
         pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )
-@pytest.mark.timeout(240)
 def test_killed_at_random_moments_every_request_gets_its_tokens(kills: int) -> None:
     seed = int(os.environ.get("TEST_SEED", "1"))
     rng = random.Random(seed)
