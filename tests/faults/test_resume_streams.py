@@ -102,6 +102,18 @@ def test_a_second_reader_takes_over(server: ServerProcess) -> None:
     assert "event: error" in rest and '"code":"taken_over"' in "".join(rest)
 
 
+def test_a_name_in_use_is_refused(server: ServerProcess) -> None:
+    """Of two streams of one name one could never be taken up."""
+    body = PROMPT | {"max_tokens": 1900, "stream": True}
+    headers = {"X-Resumable": "true", "X-Request-Id": "named"}
+    with server.http() as http, server.http() as other:
+        with http.stream("POST", COMPLETE, json=body, headers=headers) as first:
+            next(first.iter_lines())
+            reply = other.post(COMPLETE, json=body, headers=headers)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (409, "request_id_in_use")
+        assert other.post("/v1/requests/named/cancel").status_code == 200
+
+
 def test_no_place_in_the_stream_is_a_400(server: ServerProcess) -> None:
     read_through(server.http, BODIES[0], "places")
     with server.http() as http:

@@ -133,6 +133,8 @@ def test_unknown_host_and_foreign_origin_are_refused(keyed: ServerProcess) -> No
         for origin in ("http://evil.example", "null"):
             reply = http.post("/tokenize", json={"prompt": "a"}, headers={"Origin": origin})
             assert reply.status_code == 403
+            reply = http.get("/v1/models", headers={"Origin": origin})
+            assert reply.status_code == 403  # a read may do something, as taking a stream over
         assert "access-control-allow-origin" not in reply.headers
         own = http.post("/tokenize", json={"prompt": "a"}, headers={"Origin": keyed.url})
         assert own.status_code == 200
@@ -222,7 +224,7 @@ def test_connections_are_bounded(fake_model: Path) -> None:
     [
         ({"host": "0.0.0.0"}, "api_key"), ({"host": "::"}, "api_key"),
         ({"api_key": "short"}, "at least 8"), ({"api_keys_file": "/nonexistent"}, "keys file"),
-        ({"max_in_flight": 0}, "at least 1"),
+        ({"max_in_flight": 0}, "at least 1"), ({"dump_dir": "/dev/null"}, "dump"),
     ],
 )  # fmt: skip
 def test_unsafe_or_wrong_settings_refuse_to_start(
@@ -233,6 +235,16 @@ def test_unsafe_or_wrong_settings_refuse_to_start(
     time.sleep(0.1)
     log = "".join(server.log)
     assert word in log and "Traceback" not in log
+
+
+def test_a_keys_file_without_keys_lets_nobody_in(fake_model: Path, tmp_path: Path) -> None:
+    """It opened the server to everybody who could reach it."""
+    (tmp_path / "keys.json").write_text("[]")
+    settings = {"host": "0.0.0.0", "api_keys_file": str(tmp_path / "keys.json")}
+    server = ServerProcess(fake_model, fake={}, server=settings)
+    assert server.process.wait(30) == 2
+    time.sleep(0.1)
+    assert "holds no key" in "".join(server.log)
 
 
 def test_taken_port_says_what_to_do(fake_model: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from coppice.errors import ConfigError
 from coppice.kernels.pages import empty_pages, move_keys, move_values
 from coppice.models.kv import KVLayout
 
@@ -19,14 +20,22 @@ class KVPool:
     Args:
         layout: shapes and dtype.
         num_pages: pages to hold; memory is touched as pages are first written.
+
+    Raises:
+        ConfigError: there is not that much memory.
     """
 
     def __init__(self, layout: KVLayout, num_pages: int) -> None:
         self.layout = layout
         self.num_pages = num_pages
-        self._all = empty_pages(
-            (2 * layout.num_layers, *layout.shape(num_pages)), layout.dtype, layout.device
-        )
+        shape = (2 * layout.num_layers, *layout.shape(num_pages))
+        try:
+            self._all = empty_pages(shape, layout.dtype, layout.device)
+        except (RuntimeError, MemoryError) as error:
+            raise ConfigError(
+                f"{num_pages} KV pages take {num_pages * layout.page_bytes >> 20} MiB, which this "
+                "machine does not give; lower kv_cache_mib.", param="kv_cache_mib",
+            ) from error  # fmt: skip
         self.k: list[Tensor] = list(self._all[0::2])
         self.v: list[Tensor] = list(self._all[1::2])
 

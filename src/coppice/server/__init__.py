@@ -37,7 +37,9 @@ def _dumps(config: ServerConfig) -> Dumps | None:
 
     if config.dump_dir is None:
         return None
-    return Dumps(Path(config.dump_dir), with_text=config.dump_text)
+    dumps = Dumps(Path(config.dump_dir), with_text=config.dump_text)
+    dumps.require_folder()
+    return dumps
 
 
 def run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ import msgspec
 
 import coppice
 from coppice.engine.request import Grammar, SamplingParams
+from coppice.errors import ConfigError
 from coppice.server.deaths import Death
 from coppice.server.replay import LiveRequest
 
@@ -98,6 +100,22 @@ class Dumps:
     def __init__(self, folder: Path, *, with_text: bool = False) -> None:
         self._folder = folder
         self._with_text = with_text
+
+    def require_folder(self) -> None:
+        """Make the folder now, rather than find out at the first death.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"Crash dumps cannot be written to {self._folder} ({error.strerror}); name a "
+                "folder of this user's.", param="dump_dir",
+            ) from error  # fmt: skip
 
     def engine_died(
         self, death: Death, lost: Iterable[LiveRequest], alone: LiveRequest | None, restarts: int

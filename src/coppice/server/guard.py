@@ -150,7 +150,7 @@ class Guard:
                 code="unknown_host",
             )
         origin = header(scope, b"origin")
-        if origin is not None and scope["method"] not in ("GET", "HEAD"):
+        if origin is not None:
             name = host_name(origin.partition("://")[2])
             if name not in self._hosts:
                 raise ForbiddenError("Pages of other origins may not call this server.",

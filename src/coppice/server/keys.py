@@ -131,6 +131,9 @@ def _read_file(path: Path) -> list[Key]:
     keys = [_read_key(entry, path) for entry in entries]
     if len({key.name for key in keys}) != len(keys):
         raise ConfigError(f"{path}: two keys have the same name.", param="api_keys_file")
+    if not keys:  # no key at all would let everybody in
+        raise ConfigError(f"{path} holds no key; add one, or drop the setting to need none.",
+                          param="api_keys_file")  # fmt: skip
     return keys
 
 

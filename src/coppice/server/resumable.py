@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from coppice.engine.messages import Output
-from coppice.errors import EngineError, NotFoundError
+from coppice.errors import EngineError, NotFoundError, RequestError
 from coppice.server.calls import Call
 from coppice.server.errors import error_body
 from coppice.server.event_log import EventLog, TakenOverError
@@ -32,6 +32,13 @@ HEADER = "X-Resumable"
 KEPT_S, KEPT_BYTES = 600.0, 32 << 20
 """How long ended calls can be taken up, and what they may take together."""
 SWEEP_S = 30.0
+
+
+class NameInUseError(RequestError):
+    """Another stream of the tenant runs under this X-Request-Id."""
+
+    code = "request_id_in_use"
+    status = 409
 
 
 @dataclass(slots=True)
@@ -127,6 +134,21 @@ class Resumables:
         task = asyncio.create_task(self._fill(known, pieces), name=f"call-{known.call}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def require_free(self, request_id: str, tenant: str) -> None:
+        """Refuse a second call under the name of one that runs: one of them could not be found.
+
+        Raises:
+            RequestError: 409, there is one.
+        """
+        for known in self._known.values():
+            if known.running is not None and (request_id, tenant) == (
+                known.request_id, known.tenant,
+            ):  # fmt: skip
+                raise NameInUseError(
+                    f"A stream named {request_id} runs already; take it up, or send another "
+                    "X-Request-Id.", param="X-Request-Id",
+                )  # fmt: skip
 
     def find(self, request_id: str, tenant: str | None) -> Resumable:
         """The newest call of this id that belongs to the tenant; any, if that is ``None``.

@@ -95,6 +95,11 @@ def open_call(
     key = caller_of(http)
     services.keys.spend(key)
     services.require_model(body.model)
+    resumable = (
+        body.stream and services.streams.on and http.headers.get(HEADER, "").lower() == "true"
+    )
+    if resumable:
+        services.streams.require_free(request_id_of(http.scope), key.tenant)
     warnings = review(body, strict=services.config.strict_fields)
     timeout_s = min(body.deadline_s or services.config.request_timeout_s,
                     services.config.request_timeout_s)  # fmt: skip
@@ -105,9 +110,7 @@ def open_call(
         key=key,
         entry=services.ledger.open(),
         deadline=time.monotonic() + timeout_s,
-        resumable=bool(
-            body.stream and services.streams.on and http.headers.get(HEADER, "").lower() == "true"
-        ),
+        resumable=bool(resumable),
     )
     services.calls.hold(call)
     return services, call, tuple(warnings)
