@@ -184,7 +184,7 @@ def outcomes(
     if gossip:
         speculator = gossiper(answers, seed, model.facts.vocab_size)
     else:  # how much is guessed must not depend on how busy the machine is
-        speculator = make_speculator(config, model, FreeRows(), num_pages=1024)
+        speculator = make_speculator(config, model, FreeRows(), num_pages=1024, on_trial=False)
     planner: Planner = StepPlanner()
     if arrangement.preempt:
         planner = RandomPreemption(planner, seed)

@@ -106,7 +106,9 @@ def _unpack(archive: Path, inside: str, out: Path) -> None:
             if name.startswith(inside):
                 member.name = name.removeprefix(inside)
                 members.append(member)
-        tar.extractall(partial, members=members, filter="data")
+        # An argument of this name came with Python 3.11.4; older ones pass the attribute over.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(partial, members=members)
     partial.rename(out)
 
 

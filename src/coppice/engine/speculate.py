@@ -34,6 +34,8 @@ def make_speculator(
     cost: StepCost,
     num_pages: int,
     draft: LoadedModel | None = None,
+    *,
+    on_trial: bool = True,
 ) -> Speculator | None:
     """The configured speculator, or None when speculation is off.
 
@@ -43,6 +45,7 @@ def make_speculator(
         cost: what its steps take.
         num_pages: KV pages of the target; a draft model has as many of its own.
         draft: what `load_draft` gave.
+        on_trial: whether under ``auto`` a proposer rests that costs more than it saves.
     """
     if config.speculate == "off":
         return None
@@ -59,7 +62,7 @@ def make_speculator(
         controller,
         model.facts.vocab_size,
         max_nodes=config.speculate_nodes,
-        on_trial=config.speculate == "auto",
+        on_trial=on_trial and config.speculate == "auto",
     )
 
 
