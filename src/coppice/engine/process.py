@@ -8,6 +8,7 @@ a terminal reaches both) are ignored here: the front end decides when to stop.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -103,8 +104,11 @@ def _serve(connection: socket.socket, config: EngineConfig) -> int:
 
 
 def _read(connection: socket.socket, loop: EngineLoop) -> None:
-    """Put incoming messages into the inbox; end of file means the front end is gone."""
-    with connection.makefile("rb") as stream:
+    """Put incoming messages into the inbox; end of file means the front end is gone.
+
+    So does a reset, which is what there is when it died with something of ours unread.
+    """
+    with contextlib.suppress(OSError), connection.makefile("rb") as stream:
         while True:
             head = stream.read(HEAD_BYTES)
             if len(head) < HEAD_BYTES:
