@@ -161,7 +161,7 @@ def test_systemd_hears_of_readiness_life_and_the_end(
             said = [heard.recv(4096).decode() for _ in range(8)]
             began = time.monotonic()
             heard.recv(4096)
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 0.3
         heard.settimeout(0.2)
         while True:
             try:

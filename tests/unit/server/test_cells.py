@@ -92,13 +92,14 @@ def test_an_endless_job_is_refused_in_time_and_costs_its_neighbour_no_more() -> 
         bomb = asyncio.create_task(cells.ask(job("endless", max_chars=1 << 40)))
         await asyncio.sleep(0.01)
         assert await text(cells, job("plain"), "neighbour")
-        assert time.monotonic() - began < 10  # not for as long as the other would run
+        assert time.monotonic() - began < 0.05 + 2.0  # the cap, and another start
         with pytest.raises(TemplateError, match="takes more than"):
             await bomb
         assert cells.starts == 2
+        began = time.monotonic()
         with pytest.raises(TemplateError, match="takes more than"):  # known by now
             await cells.ask(job("endless", max_chars=1 << 40))
-        assert cells.starts == 2
+        assert time.monotonic() - began < 0.05 and cells.starts == 2
 
     run(story, templates(cap_s=0.05))
 
@@ -240,7 +241,7 @@ def test_exploding_grammars_are_refused_within_the_cap() -> None:
                 await cells.ask(Check(bomb))
             except RequestError as error:
                 assert isinstance(error, GrammarError)
-            assert time.monotonic() - began < 6, bomb.source[:40]
+            assert time.monotonic() - began < 2.5, bomb.source[:40]
         assert await cells.ask(Check(Grammar("regex", "a+")))
 
     run(story, grammars())
