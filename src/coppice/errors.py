@@ -131,6 +131,20 @@ class RowFaultError(EngineError):
     code = "row_fault"
 
 
+class TakenOverError(RequestError):
+    """Another reader reads the stream now; it can have one at a time."""
+
+    code = "taken_over"
+    status = 409
+
+
+class NameInUseError(RequestError):
+    """Another resumable stream of the tenant runs under this X-Request-Id."""
+
+    code = "request_id_in_use"
+    status = 409
+
+
 class PoisonedError(EngineError):
     """The engine process died each time it worked on this request; it is not tried again."""
 

@@ -6,7 +6,6 @@ import itertools
 import os
 import random
 import socket
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.kits.load import BODIES, Answer, ask
+from tests.kits.load import BODIES, Answer, Crew, ask
 from tests.kits.resuming import read_through
 from tests.kits.server import ServerProcess
 
@@ -24,33 +23,19 @@ GONE_S = 1.0
 """Within which the engine, and with it every page, must be gone."""
 
 
-class Readers:
+class Readers(Crew):
     """Closed-loop clients with resumable streams, over any number of server processes."""
 
     def __init__(self, url: str, expected: list[Answer], *, size: int, seed: int) -> None:
+        super().__init__(size, seed)
         self._url, self._expected = url, expected
-        self._stop = threading.Event()
         self.wrong: list[str] = []
         self.done = self.cuts = self.tokens = 0
-        self._threads = [
-            threading.Thread(target=self._work, args=(i, random.Random(seed + i)))
-            for i in range(size)
-        ]
-
-    def __enter__(self) -> Readers:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
     def _connect(self) -> httpx.Client:
         return httpx.Client(base_url=self._url, timeout=30.0, verify=False)
 
-    def _work(self, client: int, rng: random.Random) -> None:
+    def _work(self, worker: int, rng: random.Random) -> None:
         for number in itertools.count():
             if self._stop.is_set():
                 return
@@ -58,7 +43,7 @@ class Readers:
             cut_after = rng.choice((lambda: None, lambda: rng.randrange(1, 60)))
             try:
                 reading = read_through(
-                    self._connect, BODIES[index], f"r-{client}-{number}",
+                    self._connect, BODIES[index], f"r-{worker}-{number}",
                     cut_after=cut_after, give_up_s=60.0,
                 )  # fmt: skip
             except Exception as error:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
@@ -134,7 +134,32 @@ def ask(http: httpx.Client, body: Body, *, stream: bool) -> Answer:
     return answer
 
 
-class Crowd:
+class Crew:
+    """Threads that work, each by its number and a seed, until told to stop."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._work, args=(i, random.Random(seed + i)))
+            for i in range(size)
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, worker: int, rng: random.Random) -> None:
+        """What one thread does; ends soon after ``_stop`` is set."""
+        raise NotImplementedError
+
+
+class Crowd(Crew):
     """Closed-loop clients that ask and compare until told to stop.
 
     Args:
@@ -152,27 +177,14 @@ class Crowd:
         size: int,
         seed: int,
     ) -> None:
+        super().__init__(size, seed)
         self._connect = connect
         self._expected = expected
-        self._stop = threading.Event()
         self.done = self.refused = 0
         self.wrong: list[str] = []
-        self._threads = [
-            threading.Thread(target=self._work, args=(random.Random(seed + i),))
-            for i in range(size)
-        ]
 
-    def __enter__(self) -> Crowd:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _work(self, rng: random.Random) -> None:
+    def _work(self, worker: int, rng: random.Random) -> None:
+        del worker
         with self._connect() as http:
             while not self._stop.is_set():
                 index, stream = rng.randrange(len(BODIES)), rng.random() < 0.6

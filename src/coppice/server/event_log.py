@@ -12,18 +12,11 @@ import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
 
-from coppice.errors import RequestError
+from coppice.errors import RequestError, TakenOverError
 from coppice.server.stream import CLOSING, Piece
 
 PLACE = r"^[0-9]{1,9}(\.[0-9]{1,9}){0,2999}$"
 CHUNK_BYTES = 64 << 10
-
-
-class TakenOverError(RequestError):
-    """Another reader reads the stream now; it can have one at a time."""
-
-    code = "taken_over"
-    status = 409
 
 
 class EventLog:

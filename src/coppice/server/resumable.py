@@ -19,10 +19,10 @@ from functools import partial
 from typing import Any
 
 from coppice.engine.messages import Output
-from coppice.errors import EngineError, NotFoundError, RequestError
+from coppice.errors import EngineError, NameInUseError, NotFoundError, TakenOverError
 from coppice.server.calls import Call
 from coppice.server.errors import error_body
-from coppice.server.event_log import EventLog, TakenOverError
+from coppice.server.event_log import EventLog
 from coppice.server.journal import Accepted, Journal, Recorded
 from coppice.server.stream import CLOSING, DONE, Pieces, event
 
@@ -32,13 +32,6 @@ HEADER = "X-Resumable"
 KEPT_S, KEPT_BYTES = 600.0, 32 << 20
 """How long ended calls can be taken up, and what they may take together."""
 SWEEP_S = 30.0
-
-
-class NameInUseError(RequestError):
-    """Another stream of the tenant runs under this X-Request-Id."""
-
-    code = "request_id_in_use"
-    status = 409
 
 
 @dataclass(slots=True)

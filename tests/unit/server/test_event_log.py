@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from coppice.errors import RequestError
-from coppice.server.event_log import EventLog, TakenOverError
+from coppice.errors import RequestError, TakenOverError
+from coppice.server.event_log import EventLog
 from coppice.server.stream import CLOSING
 
 Events = list[tuple[int, bytes]]
