@@ -122,6 +122,22 @@ def test_regex_is_obeyed(bundled: ServerProcess) -> None:
     assert text[:3] in ("yes", "no,") and text[-3:].isdigit()
 
 
+def test_a_grammar_that_grows_too_complex_is_the_requests_own_fault(
+    bundled: ServerProcess,
+) -> None:
+    body = {
+        "prompt": PROMPT, "max_tokens": 600, "min_tokens": 599, "stream": False,
+        "grammar": 'start: e\ne: e e | e e e | "a" | "b"',
+    }  # fmt: skip
+    with bundled.http() as http:
+        whole = http.post("/v1/completions", json=body)
+        assert whole.status_code == 400, whole.text
+        assert whole.json()["error"]["code"] == "grammar_error"
+        assert "too complex" in whole.json()["error"]["message"]
+        streamed = http.post("/v1/completions", json=body | {"stream": True})
+    assert streamed.status_code == 200 and '"grammar_error"' in streamed.text
+
+
 def test_pages_return_when_clients_leave(bundled: ServerProcess) -> None:
     body = {"prompt": PROMPT * 20, "max_tokens": 1200, "ignore_eos": True, "stream": True}
     with bundled.http() as http:

@@ -25,6 +25,7 @@ from coppice.engine.batch import BatchLayout
 from coppice.engine.calibrate import curve_for
 from coppice.engine.config import EngineConfig
 from coppice.engine.endings import finish_reason, outcome, report
+from coppice.engine.faults import Fault
 from coppice.engine.loading import EngineModel
 from coppice.engine.messages import (
     CancelReason,
@@ -42,7 +43,7 @@ from coppice.engine.sequence import Sequence
 from coppice.engine.speculate import load_draft, make_speculator
 from coppice.engine.step import StepRunner, Walk
 from coppice.engine.tiering import make_pages, tier_stats
-from coppice.errors import ContextOverflowError, RequestError, RowFaultError
+from coppice.errors import ContextOverflowError, RequestError
 from coppice.kernels import expect_work
 from coppice.scheduling import (
     FlowQueues,
@@ -431,11 +432,11 @@ class Engine:
         sequence: Sequence,
         token: int,
         logprob: TokenLogprob | None,
-        fault: str | None,
+        fault: Fault | None,
     ) -> bool:
         """See `Accept`; reports what ended."""
         if fault is not None:
-            sequence.error = (RowFaultError.code, fault)
+            sequence.error = fault
             self._end(sequence, "failed", outputs)
             return False
         sequence.tokens.append(token)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 
-from coppice.errors import CoppiceError
+from coppice.errors import CoppiceError, RowFaultError
 
 log = logging.getLogger("coppice.engine")
+Fault = tuple[str, str]
+"""A stable code of `coppice.errors`, and a sentence for the client."""
 NOT_OURS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 """Raised to end the program, not by a fault; panics of Rust libraries are no `Exception`."""
 
 
-def describe(error: BaseException, where: str) -> str:
-    """One sentence for the client; the text of a foreign exception goes to the log only.
+def describe(error: BaseException, where: str) -> Fault:
+    """What the client is told; the text of a foreign exception goes to the log only.
 
     Args:
         error: what was raised.
@@ -29,8 +31,9 @@ def describe(error: BaseException, where: str) -> str:
     if isinstance(error, NOT_OURS):
         raise error
     if isinstance(error, CoppiceError):
-        return error.message
+        return error.code, error.message
     log.error("%s failed", where, exc_info=error)
+    why = "failed over this request; the server's log says why"
     if isinstance(error, MemoryError):
-        return f"{where} ran out of memory over this request; send a smaller one."
-    return f"{where} failed over this request; the server's log says why."
+        why = "ran out of memory over this request; send a smaller one"
+    return RowFaultError.code, f"{where} {why}."

@@ -6,7 +6,7 @@ import numpy as np
 from llguidance import LLMatcher
 
 from coppice.engine.grammar import first_line
-from coppice.errors import GrammarError
+from coppice.errors import GrammarError, RowFaultError
 from coppice.kernels.sampling import Mask
 
 
@@ -44,11 +44,12 @@ class GrammarState:
         """Advance over a chosen token.
 
         Raises:
-            GrammarError: the token is not allowed here, or the grammar became too complex.
+            GrammarError: the grammar became too complex here; fail this request.
+            RowFaultError: the token is not allowed here.
         """
         if not self._matcher.consume_token(token):
             self._check()
-            raise GrammarError("The grammar does not allow the chosen token.")
+            raise RowFaultError("The grammar does not allow the chosen token.")
 
     def rollback(self, num_tokens: int) -> None:
         """Forget the last ``num_tokens`` accepted tokens."""
@@ -71,4 +72,5 @@ class GrammarState:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(f"The grammar failed: {first_line(self._matcher.get_error())}.")
+            why = first_line(self._matcher.get_error())
+            raise GrammarError(f"The grammar became too complex over this answer: {why}.")

@@ -21,7 +21,6 @@ from coppice.engine.messages import (
     Submit,
     ToEngine,
 )
-from coppice.errors import CoppiceError, RowFaultError
 
 USAGE_EVERY_S = 60.0
 IDLE_STATS_S = 1.0
@@ -91,7 +90,7 @@ class EngineLoop:
                     try:
                         self._engine.submit(request, progress)
                     except Exception as error:
-                        refusal = _refusal(error)
+                        refusal = describe(error, "The engine")
                         choices = [p.index for p in progress] or range(request.sampling.n)
                         messages.extend(
                             Output(
@@ -118,12 +117,6 @@ class EngineLoop:
         if ended or now - self._last_stats >= every:
             self._last_stats = now
             messages.append(self._engine.stats())
-
-
-def _refusal(error: Exception) -> tuple[str, str]:
-    if isinstance(error, CoppiceError):
-        return error.code, error.message
-    return RowFaultError.code, describe(error, "The engine")
 
 
 class _Watchdog(threading.Thread):

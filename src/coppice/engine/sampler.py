@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from coppice.engine.faults import Fault
 from coppice.engine.messages import TokenLogprob
 from coppice.engine.noise import choice_seed
 from coppice.engine.request import SamplingParams
+from coppice.errors import RequestError, RowFaultError
 from coppice.kernels.sampling import F32, I32, U8, Mask, RowParams, Workspace, choose
 
 GREEDY_BELOW = 1e-5
@@ -161,9 +163,15 @@ class Sampled:
     logprobs: list[TokenLogprob | None] | None
 
 
-FAULTS = {
-    1: "The model produced a NaN or infinite logit; the weights or the prompt are damaged.",
-    2: "No token is allowed here: the constraints of this request contradict each other.",
+FAULTS: dict[int, Fault] = {
+    1: (
+        RowFaultError.code,
+        "The model produced a NaN or infinite logit; the weights or the prompt are damaged.",
+    ),
+    2: (
+        RequestError.code,
+        "No token is allowed here: the constraints of this request contradict each other.",
+    ),
 }
 """What to tell the client of a failed row, by fault code."""
 

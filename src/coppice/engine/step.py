@@ -20,7 +20,7 @@ from torch import Tensor
 from coppice.cache.pool import KVPool
 from coppice.engine.batch import BatchLayout
 from coppice.engine.decide import decide
-from coppice.engine.faults import describe
+from coppice.engine.faults import Fault, describe
 from coppice.engine.loading import Decoder
 from coppice.engine.messages import StepTree, TokenLogprob
 from coppice.engine.pages import SequencePages
@@ -36,7 +36,7 @@ class Accept(Protocol):
     """Takes a chosen token, or why none could be (``fault``, for the client)."""
 
     def __call__(
-        self, sequence: Sequence, token: int, logprob: TokenLogprob | None, fault: str | None
+        self, sequence: Sequence, token: int, logprob: TokenLogprob | None, fault: Fault | None
     ) -> bool:
         """Append it to its sequence; False where that ends the sequence."""
         ...
@@ -264,12 +264,12 @@ class StepRunner:
 
     def _choose(
         self, logits: Tensor, walks: list[Walk]
-    ) -> tuple[list[int], list[TokenLogprob | None] | None, dict[int, str]]:
+    ) -> tuple[list[int], list[TokenLogprob | None] | None, dict[int, Fault]]:
         """One token for each walk from its row of ``logits [W, V]``, logprobs, faults by row.
 
         A constraint that fails takes its own row with it and no other.
         """
-        faults: dict[int, str] = {}
+        faults: dict[int, Fault] = {}
         sequences = [walk.sequence for walk in walks]
         constrained = [i for i, s in enumerate(sequences) if s.grammar is not None]
         masks = None
@@ -302,11 +302,11 @@ class StepRunner:
 
     def _choose_alone(
         self, logits: Tensor, walks: list[Walk]
-    ) -> tuple[list[int], list[TokenLogprob | None] | None, dict[int, str]]:
+    ) -> tuple[list[int], list[TokenLogprob | None] | None, dict[int, Fault]]:
         """`_choose` row by row, after a fault of the sampler."""
         tokens: list[int] = []
         logprobs: list[TokenLogprob | None] = []
-        faults: dict[int, str] = {}
+        faults: dict[int, Fault] = {}
         for i, walk in enumerate(walks):
             chosen, scores, failed = self._choose(logits[i : i + 1], [walk])
             tokens += chosen
@@ -329,7 +329,7 @@ def _take(tokens: list[int], walks: list[Walk], accept: Accept) -> int:
     return chosen
 
 
-def _mask(sequence: Sequence, row: int, faults: dict[int, str]) -> Mask | None:
+def _mask(sequence: Sequence, row: int, faults: dict[int, Fault]) -> Mask | None:
     if sequence.grammar is None:
         return None
     try:

@@ -17,16 +17,23 @@ from coppice.engine.detokenize import TextAssembler, TokenText
 from coppice.engine.messages import CancelReason, Output, TokenLogprob
 from coppice.engine.request import Request
 from coppice.errors import (
+    ContextOverflowError,
     CoppiceError,
     EngineDeadError,
     EngineError,
+    GrammarError,
     PoisonedError,
+    RequestError,
     RowFaultError,
 )
 from coppice.server.engine_client import AsyncEngine
 
 log = logging.getLogger("coppice.server")
 Ending = Literal["finished", "cancelled", "expired"]
+_FAILURES = {
+    error.code: error
+    for error in (RowFaultError, PoisonedError, GrammarError, ContextOverflowError, RequestError)
+}
 GRACE_S = 5.0
 """How long after the deadline the front end itself ends a call the engine has not ended."""
 
@@ -343,7 +350,6 @@ def _failure(output: Output) -> CoppiceError:
     code, message = output.error or ("engine_error", "The request failed inside the engine.")
     if code in ("engine_dead", "shutting_down"):
         return EngineDeadError(message, code=code)
-    for error in (RowFaultError, PoisonedError):
-        if code == error.code:
-            return error(message)
+    if (known := _FAILURES.get(code)) is not None:
+        return known(message)
     return EngineError(message, code=code)

@@ -75,6 +75,6 @@ def test_a_constraint_that_breaks_fails_its_own_row(
     while engine.has_work:
         ends |= {o.request_id: o for o in engine.step() if o.finish_reason}
     assert ends["bad"].finish_reason == "failed"
-    assert ends["bad"].error == ("row_fault", "The constraint broke.")
+    assert ends["bad"].error == ("grammar_error", "The constraint broke.")
     assert ends["good"].finish_reason in ("length", "stop")
     engine.check_pages()
