@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from coppice.errors import CoppiceError
 from coppice.settings import FILE_VARIABLE, RoomConfig, Setting, settings_of
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
+SOURCES = FOLDER.parent.parent / "src" / "coppice"
 HEAD = "<!-- Written by tools/gen_reference.py from the source; edit there, then: make docs -->\n\n"
 
 
@@ -76,8 +78,7 @@ def errors_page() -> str:
         "Every error Coppice raises on purpose is a `CoppiceError` with a stable code, one",
         "sentence that says what to do, and the field or setting at fault where there is one.",
         "Over HTTP the code is `error.code`; on the command line it stands in brackets, and",
-        "the exit code is the class's. A narrower code than the class's may be used; the",
-        "status is then still the class's.\n",
+        "the exit code is the class's. Some have a narrower code, listed below the classes.\n",
         "| code | class | family | HTTP status | exit code | meaning |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
@@ -88,7 +89,39 @@ def errors_page() -> str:
             f'| <a id="{kind.code}"></a>`{kind.code}` | `{kind.__name__}` | {family} '
             f"| {kind.status} | {kind.exit_code} | {_summary(kind)} |"
         )
+    lines += [
+        "\n## Narrower codes\n",
+        "| code | class | HTTP status | what is said |",
+        "| --- | --- | --- | --- |",
+        *sorted(set(narrower_codes())),
+    ]
     return HEAD + "\n".join(lines) + "\n"
+
+
+def narrower_codes() -> Iterator[str]:
+    """A row for each place that raises an error with a code of its own."""
+    for path in SOURCES.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or not call.args:
+                continue
+            kind = vars(errors).get(ast.unparse(call.func))
+            given = {word.arg: word.value for word in call.keywords}
+            code, status = given.get("code"), given.get("status")
+            if inspect.isclass(kind) and isinstance(code, ast.Constant):
+                said = " ".join(map(_text, _sentences(call.args[0])))
+                shown = status.value if isinstance(status, ast.Constant) else kind.status
+                yield f"| `{code.value}` | `{kind.__name__}` | {shown} | {said} |"
+
+
+def _sentences(message: ast.expr) -> list[ast.expr]:
+    """The message, or both of its forms where a condition chooses."""
+    return [message.body, message.orelse] if isinstance(message, ast.IfExp) else [message]
+
+
+def _text(message: ast.expr) -> str:
+    """A message as written, with dots where something is filled in."""
+    parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
 
 
 def error_classes() -> Iterator[type[CoppiceError]]:
