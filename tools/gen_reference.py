@@ -107,10 +107,12 @@ def narrower_codes() -> Iterator[str]:
             kind = vars(errors).get(ast.unparse(call.func))
             given = {word.arg: word.value for word in call.keywords}
             code, status = given.get("code"), given.get("status")
-            if inspect.isclass(kind) and isinstance(code, ast.Constant):
+            if not (inspect.isclass(kind) and issubclass(kind, CoppiceError)):
+                continue
+            if isinstance(code, ast.Constant):
                 said = " ".join(map(_text, _sentences(call.args[0])))
                 shown = status.value if isinstance(status, ast.Constant) else kind.status
-                yield f"| `{code.value}` | `{kind.__name__}` | {shown} | {said} |"
+                yield f"| `{code.value!s}` | `{kind.__name__}` | {shown!s} | {said} |"
 
 
 def _sentences(message: ast.expr) -> list[ast.expr]:

@@ -132,8 +132,8 @@ def _from_http(request: Request, error: StarletteHTTPException) -> CoppiceError:
 
 
 def from_validation(errors: Any) -> RequestError:
-    """One sentence about the most specific of pydantic's complaints."""
-    worst = max(errors, key=lambda item: len(item["loc"])) if errors else None
+    """One sentence about the most specific of pydantic's complaints, a size before a type."""
+    worst = max(errors, key=_weight) if errors else None
     if worst is None:
         return RequestError("The request is not valid.")
     if worst["loc"] == ("body",):
@@ -143,6 +143,11 @@ def from_validation(errors: Any) -> RequestError:
     given = worst.get("input")
     shown = f", got {_short(given)}" if isinstance(given, str | int | float | bool) else ""
     return RequestError(f"{field}: {detail}{shown}.", param=field)
+
+
+def _weight(item: Any) -> tuple[bool, int]:
+    """What else could have been given (a list of something else) says less than its size."""
+    return item["type"].endswith(("too_long", "too_short")), len(item["loc"])
 
 
 def _field_path(loc: tuple[Any, ...]) -> str:
