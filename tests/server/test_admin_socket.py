@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -15,8 +16,10 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from coppice.cli.admin import ask
+from coppice.cli.app import app
 from coppice.cli.remote import RemoteError
 from coppice.errors import ConfigError
 from coppice.server.admin import AdminSocket
@@ -89,7 +92,10 @@ def test_the_engine_is_replaced_and_its_requests_go_on(server: ServerProcess, pa
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(text)
         time.sleep(0.3)
-        replaced = ask(str(path), "POST", "/admin/replace?notice_s=20")
+        told = CliRunner().invoke(
+            app, ["admin", "replace", "--notice-s", "20", "--admin-socket", str(path)]
+        )
+        replaced = json.loads(told.stdout)
         assert running.result() == expected
     assert replaced["pid"] != before and replaced["took_s"] < 20
     with pytest.raises(RemoteError, match="notice_s"):

@@ -44,6 +44,10 @@ def admin(
     request_id: Annotated[
         str | None, typer.Argument(metavar="[ID]", help="Of a reply, or an X-Request-Id.")
     ] = None,
+    notice_s: Annotated[
+        float | None,
+        typer.Option(help="replace: seconds until the old engine must go.", min=0, max=3600),
+    ] = None,
 ) -> None:
     """Operate a running server; it must have been started with the same --admin-socket."""
     path = given.flags.get("admin_socket") or given.resolve(ServerConfig).config.admin_socket
@@ -52,9 +56,13 @@ def admin(
     if (action is Action.CANCEL) != (request_id is not None):
         raise ConfigError("cancel takes the id of a request, and nothing else does.")
     verb = "GET" if action is Action.STATE else "POST"
+    if notice_s is not None and action is not Action.REPLACE:
+        raise ConfigError("Only replace takes --notice-s.")
     where = action.value
     if request_id is not None:
         where = f"requests/{quote(request_id, safe='')}/cancel"
+    if notice_s is not None:
+        where += f"?notice_s={notice_s}"
     reply = ask(str(path), verb, f"/admin/{where}")
     json.dump(reply, sys.stdout, indent=2)
     print()

@@ -96,11 +96,13 @@ async def cancel(request_id: str, request: Request) -> Response:
 
 @router.post("/replace")
 async def replace(
-    request: Request, notice_s: Annotated[float, Query(ge=0, le=3600)] = 30.0
+    request: Request, notice_s: Annotated[float | None, Query(ge=0, le=3600)] = None
 ) -> Response:
     """Another engine process takes this one's place within the notice; requests go on in it."""
-    took_s = await services_of(request).engine.replace(notice_s)
-    return JSONResponse({"pid": services_of(request).engine.pid, "took_s": took_s})
+    services = services_of(request)
+    notice_s = services.config.preempt_notice_s if notice_s is None else notice_s
+    took_s = await services.engine.replace(notice_s)
+    return JSONResponse({"pid": services.engine.pid, "took_s": took_s})
 
 
 @router.post("/dump")
