@@ -53,7 +53,7 @@ class FaultyFiles(Files):
             self.faults += 1
             view = memoryview(buffers[0]).cast("B")
             if self._random.random() < 0.5:
-                view[self._random.randrange(read)] ^= 1 << self._random.randrange(8)
+                view[self._random.randrange(min(read, len(view)))] ^= 1 << self._random.randrange(8)
             else:
                 return 0
         elif read > 1 and self._rot:

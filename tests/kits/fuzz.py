@@ -154,7 +154,7 @@ def segment_file(folder: Path) -> Path:
 
 def open_segments(folder: Path) -> SegmentStore:
     """The store in a folder."""
-    return SegmentStore(folder, SEGMENT, bound_bytes=1 << 20, max_age_s=1e9)
+    return SegmentStore(folder, SEGMENT, bound_bytes=1 << 20, max_age_s=1e9).open()
 
 
 def read_segment(path: Path) -> None:

@@ -2,7 +2,9 @@
 
 The loop never waits for a disk. Pages to be written stand in a bounded queue, and those that
 find it full are dropped; pages to be read are asked for ahead and taken when they are there.
-The first error of the system turns the tier off for good, with one warning.
+The first error of the system turns the tier off for good, with one warning. A folder that
+another process uses is no error of the system: the tier waits for its turn, as an engine does
+that takes another's place.
 """
 
 from __future__ import annotations
@@ -33,18 +35,20 @@ MOST_RUN = 256
 GIVE_UP_S = 0.25
 """A disk that brings nothing for so long is waited for no longer: the pages are computed."""
 EXPIRE_EVERY_S = 60.0
+TURN_EVERY_S = 1.0
+"""How often a folder that is in use is tried again."""
 
 
 class DiskTier:
     """Pages on disk, written behind and read ahead.
 
     Args:
-        open_store: gives the store, which belongs to this object's thread from then on. Where it
-            raises `OSError` the tier is off from the start.
+        make_store: gives the store, not opened, which belongs to this object's thread from then
+            on. Where it raises `OSError` the tier is off from the start.
         page_bytes: of every page.
     """
 
-    def __init__(self, open_store: Callable[[], SegmentStore], page_bytes: int) -> None:
+    def __init__(self, make_store: Callable[[], SegmentStore], page_bytes: int) -> None:
         self._queue_pages = max(4, QUEUE_BYTES // page_bytes)
         self._staged_pages = max(4, STAGED_BYTES // page_bytes)
         self._run_pages = max(1, min(RUN_BYTES // page_bytes, MOST_RUN))
@@ -64,11 +68,13 @@ class DiskTier:
         self._store: SegmentStore | None = None
         self._thread: threading.Thread | None = None
         try:
-            store = self._store = open_store()
+            store = make_store()
+            self.secret = store.secret
+            if not self._open(store):
+                _log.warning("KV pages are not kept on disk for now: %s", self.why_off)
         except OSError as error:
             self._turn_off(error)
             return
-        self.secret = store.secret
         self._thread = threading.Thread(
             target=self._run, args=(store,), name="kv-disk", daemon=True
         )
@@ -169,8 +175,26 @@ class DiskTier:
 
     # -- the thread ------------------------------------------------------------------------
 
+    def _open(self, store: SegmentStore) -> bool:
+        """Open the store; False while another process has it."""
+        try:
+            self._store = store.open()
+        except BlockingIOError as error:
+            self.why_off = str(error)
+            return False
+        self.why_off = ""
+        return True
+
+    def _wait_for_turn(self, store: SegmentStore) -> None:
+        while self.why_off and not self._closing:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing, TURN_EVERY_S)
+            if not self._closing and self._open(store):
+                _log.warning("KV pages are kept on disk from now on.")
+
     def _run(self, store: SegmentStore) -> None:
         try:
+            self._wait_for_turn(store)
             while not self._closing:
                 self._work(store)
         except Exception as error:  # supervises the tier: without it, answers only come later

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -49,8 +50,11 @@ class SegmentStore:
         files: system calls.
         now: seconds since 1970.
 
+    Attributes:
+        secret: key of the folder's marks, known before `open`.
+
     Raises:
-        OSError: the folder cannot be used, or another process uses it (`BlockingIOError`).
+        OSError: the folder cannot be used.
     """
 
     def __init__(
@@ -76,16 +80,29 @@ class SegmentStore:
         self.damaged = 0
         """Records that were not what they should be."""
         self._files.make_folder(self._folder)
-        self._lock = self._files.open(self._folder / "lock", os.O_RDWR | os.O_CREAT)
+        self._lock: int | None = None
+        self.secret = self._read_secret()
+
+    def open(self) -> Self:
+        """Make the folder ours and learn what is there; to be called before anything else.
+
+        Raises:
+            BlockingIOError: another process uses it; it may be tried again.
+            OSError: it cannot be used.
+        """
+        lock = self._files.open(self._folder / "lock", os.O_RDWR | os.O_CREAT)
         try:
-            self._files.lock(self._lock)
-            self.secret = self._read_secret()
+            self._files.lock(lock)
+            if self._read_secret() != self.secret:
+                raise OSError(f"the key in {self._folder} has changed")
             self._scan()
         except BaseException as error:
-            self._files.close(self._lock)
+            self._files.close(lock)
             if isinstance(error, BlockingIOError):
                 raise BlockingIOError(f"another server uses {self._folder}") from None
             raise
+        self._lock = lock
+        return self
 
     def __len__(self) -> int:
         return len(self._index)
@@ -165,7 +182,9 @@ class SegmentStore:
         """Let go of the folder."""
         self._close_reader()
         self._close_writer()
-        self._files.close(self._lock)
+        if self._lock is not None:
+            self._files.close(self._lock)
+            self._lock = None
 
     # -- segments --------------------------------------------------------------------------
 

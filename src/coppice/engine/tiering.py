@@ -55,8 +55,8 @@ def make_tiers(
     namespace = fingerprint(model, pool)
     disk = None
     if config.kv_disk_dir is not None:
-        open_store = _store(config, config.kv_disk_dir, namespace, pool, files)
-        disk = DiskTier(open_store, pool.layout.page_bytes)
+        make_store = _store(config, config.kv_disk_dir, namespace, pool, files)
+        disk = DiskTier(make_store, pool.layout.page_bytes)
     secret = secrets.token_bytes(SECRET_BYTES) if disk is None else disk.secret
     return Tiers(
         pool,
@@ -116,7 +116,7 @@ def fingerprint(model: EngineModel, pool: KVPool) -> bytes:
 def _store(
     config: EngineConfig, folder: str, namespace: bytes, pool: KVPool, files: Files | None
 ) -> Callable[[], SegmentStore]:
-    """Opens the configured store."""
+    """Makes the configured store."""
     layout, bound = pool.layout, config.kv_disk_mib << 20
     slots = max(1, min(SEGMENT_BYTES, bound // 8) // layout.page_bytes)
     form = SegmentForm(namespace, layout.page_size, layout.page_bytes, min(slots, MOST_SLOTS))

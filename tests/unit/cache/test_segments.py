@@ -31,7 +31,7 @@ def page_of(number: int) -> tuple[PageKey, PageBytes]:
 
 def open_store(folder: Path, form: SegmentForm = FORM, **kwargs: object) -> SegmentStore:
     more = {"bound_bytes": 6 * form.file_bytes, "max_age_s": 3600.0} | kwargs
-    return SegmentStore(folder, form, **more)  # type: ignore[arg-type]
+    return SegmentStore(folder, form, **more).open()  # type: ignore[arg-type]
 
 
 def read_one(store: SegmentStore, key: PageKey) -> PageBytes | None:
