@@ -20,7 +20,7 @@ CHECKS = (
 )
 
 
-def fuzz(server: ServerProcess, folder: Path, examples: int, *, most_s: float) -> None:
+def fuzz(server: ServerProcess, folder: Path, examples: int) -> None:
     """Run schemathesis with valid and invalid data, coverage and stateful phases on."""
     command = [
         sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json",
@@ -28,19 +28,17 @@ def fuzz(server: ServerProcess, folder: Path, examples: int, *, most_s: float) -
         "--checks", ",".join(CHECKS), "--max-examples", str(examples),
         "--request-timeout", "10", "--seed", "7", "--generation-deterministic",
         "--no-color", "--warnings", "off",
-        "--max-time", str(most_s),
     ]  # fmt: skip
-    made = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=2 * most_s + 60, check=False
-    )
+    made = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stdout[-8000:] + made.stderr[-2000:]
     assert "Stateful" in made.stdout
+    print(made.stdout[-1000:])
 
 
 @pytest.mark.timeout(240)
 def test_no_data_makes_a_5xx_or_breaks_the_document(fake_model: Path, tmp_path: Path) -> None:
     with ServerProcess(fake_model, fake={"step_s": 0.0}) as server:
-        fuzz(server, tmp_path, 6, most_s=45)
+        fuzz(server, tmp_path, 25)
         info = server.wait_idle()
         assert info["engine"]["pages_used"] == 0 and info["state"] == "ok"
         assert info["outcomes"]["finished"] > 0 and info["outcomes"]["failed"] == 0
@@ -50,7 +48,7 @@ def test_no_data_makes_a_5xx_or_breaks_the_document(fake_model: Path, tmp_path: 
 @pytest.mark.timeout(4 * 3600)
 def test_no_data_makes_a_5xx_long(fake_model: Path, tmp_path: Path) -> None:
     with ServerProcess(fake_model, fake={"step_s": 0.0}) as server:
-        fuzz(server, tmp_path, 2000, most_s=3 * 3600)
+        fuzz(server, tmp_path, 2000)
         info = server.wait_idle()
         assert info["engine"]["pages_used"] == 0 and info["state"] == "ok"
         assert info["outcomes"]["finished"] > 0 and info["outcomes"]["failed"] == 0
