@@ -11,7 +11,7 @@ import pytest
 
 from tests.kits.accounts import anonymous_mib, descriptors, require_idle_and_whole
 from tests.kits.injector import seeded
-from tests.kits.leavers import PHASES, Neighbours, leave_together
+from tests.kits.leavers import PHASES, Neighbours, fill_pages, leave_together
 from tests.kits.server import ServerProcess
 
 AT_ONCE = 20
@@ -20,14 +20,14 @@ TWO_STEPS_S = 0.5
 FLAT_MIB = 16.0
 ENGINE: dict[str, Any] = {
     "kv_cache_mib": 64, "speculate": "auto", "prefix_cache": True, "prefill_chunk": 128,
-    "stats_interval_s": 0.01,
+    "stats_interval_s": 0.01, "history_mib": 4,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[bool, ServerProcess]]:
     """By whether the engine is narrow, so that all but two requests are queued."""
-    patient = {"overload_wait_s": 0.0}  # who leaves is to have come in
+    patient = {"overload_wait_s": 0.0, "max_waiting_s": 600.0}  # who leaves is to have come in
     wide, thin = (
         ServerProcess("bundled", engine=ENGINE | narrow, server=patient, start_timeout_s=90)
         for narrow in ({}, {"max_sequences": 2})
@@ -52,15 +52,16 @@ def one_round(
             assert took < 10, info
 
 
-def warm_up(server: ServerProcess, phase: str, neighbours: int, rng: random.Random) -> None:
-    """What is made once is made now; KV pages are touched as they are first filled."""
-    grown = FLAT_MIB
-    for _ in range(8):
-        if grown < 1.0:
-            return
+def warm_up(
+    server: ServerProcess, phase: str, neighbours: int, rng: random.Random, rounds: int
+) -> None:
+    """What is made once is made now, and as much garbage as is ever collected at once."""
+    fill_pages(server, rng)
+    for number in range(max(8, rounds)):
         memory = anonymous_mib(server)
         one_round(server, phase, neighbours, rng)
-        grown = anonymous_mib(server) - memory
+        if number + 1 >= rounds and anonymous_mib(server) - memory < 1.0:
+            return
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_clients_that_leave_give_everything_back(
     beside = 2 if phase == "queued" else 1
     with seeded() as rng:
         with Neighbours(server, beside):
-            warm_up(server, phase, beside, rng)
+            warm_up(server, phase, beside, rng, rounds)
         before = require_idle_and_whole(server)["outcomes"]
         files, memory = descriptors(server), anonymous_mib(server)
         with Neighbours(server, beside) as neighbours:

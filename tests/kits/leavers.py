@@ -28,6 +28,17 @@ def fields_for(phase: str, rng: random.Random) -> dict[str, Any]:
     }
 
 
+def fill_pages(server: ServerProcess, rng: random.Random) -> None:
+    """Prompts until nearly every KV page has been touched, and with it become memory."""
+    with server.http() as http:
+        while True:
+            engine = server.info()["engine"]
+            if engine and engine["pages_cached"] > 0.95 * engine["num_pages"]:
+                return
+            body = fields_for("in prefill", rng) | {"max_tokens": 1, "stream": False}
+            http.post(PATH, json=body).raise_for_status()
+
+
 def leave_together(server: ServerProcess, phase: str, count: int, rng: random.Random) -> None:
     """``count`` clients reach the phase and leave at once, by FIN or by RST."""
     before = server.info()["outcomes"]["accepted"]
