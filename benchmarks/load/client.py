@@ -82,12 +82,15 @@ def make_ask(prompt: int, answer: int, number: int, **more: Any) -> Ask:
     return Ask(head.encode() + body, prompt, answer)
 
 
-def conversation(count: int, *, seed: int, divide: float = 4.0) -> Iterator[Ask]:
-    """Requests with lengths of the Azure conversation trace, divided so that they fit."""
+def conversation(count: int, *, seed: int, divide: float = 4.0, first: int = 0) -> Iterator[Ask]:
+    """Requests with lengths of the Azure conversation trace, divided so that they fit.
+
+    Those of another ``first`` have the same lengths and other tokens.
+    """
     lengths = azure_lengths(min(count, 2000), divide=divide, max_context=CONTEXT, seed=seed)
     for number in range(count):
         each = lengths[number % len(lengths)]
-        yield make_ask(each.prompt, each.answer, seed * 100_000 + number)
+        yield make_ask(each.prompt, each.answer, seed * 100_000 + first + number)
 
 
 async def send(port: int, ask: Ask, *, patience_s: float = 120.0, leave_after: int = 0) -> Told:

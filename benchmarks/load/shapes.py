@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
+import httpx
 import psutil
 
 from benchmarks.load.client import (
@@ -169,7 +170,8 @@ class Slow:
     """Clients that read one byte a second, beside others.
 
     Attributes:
-        alone, beside: tokens a second of the normal ones, without and with them.
+        alone, beside: tokens a second of the normal ones, without (before and after, the mean)
+            and with them.
         grown_mib: memory the server took for them, at most.
     """
 
@@ -181,9 +183,9 @@ class Slow:
 
 def slow_readers(server: Running, seconds: float, *, slow: int = 100, normal: int = 16) -> Slow:
     """Normal clients before and while ``slow`` streams are hardly read."""
-    asks = conversation(10_000, seed=12)  # each is sent once
-    asyncio.run(closed(server.port, asks, normal, seconds=2.0))
-    first = asyncio.run(closed(server.port, asks, normal, seconds=seconds))
+    windows = [conversation(10_000, seed=12, first=20_000 * number) for number in range(4)]
+    asyncio.run(closed(server.port, windows[3], normal, seconds=2.0))
+    first = asyncio.run(closed(server.port, windows[0], normal, seconds=seconds))
     before = anonymous_mib(server.family())
 
     async def both() -> tuple[list[Told], float]:
@@ -193,14 +195,26 @@ def slow_readers(server: Running, seconds: float, *, slow: int = 100, normal: in
         await asyncio.sleep(2.0)
         while await asyncio.to_thread(_busy, server):  # until they are parked, or all written
             await asyncio.sleep(0.5)
-        told = await closed(server.port, asks, normal, seconds=seconds)
+        told = await closed(server.port, windows[1], normal, seconds=seconds)
         stop.set()
         await asyncio.gather(*readers)
         return told, await watch
 
     second, peak = asyncio.run(both())
-    failed = sum(t.ending == "failed" for t in [*first, *second])
-    return Slow(_tokens_s(first), _tokens_s(second), peak - before, failed)
+    third = asyncio.run(closed(server.port, windows[2], normal, seconds=seconds))
+    failed = sum(t.ending == "failed" for t in [*first, *second, *third])
+    alone = (_tokens_s(first) + _tokens_s(third)) / 2
+    return Slow(alone, _tokens_s(second), peak - before, failed)
+
+
+def fill_pages(server: Running) -> None:
+    """Long prompts until Coppice's prefix cache has touched (nearly) every page."""
+    url = f"http://127.0.0.1:{server.port}/v1/coppice/info"
+    for number in range(200):
+        engine = httpx.get(url).json()["engine"]
+        if engine and engine["pages_cached"] > 0.95 * engine["num_pages"]:
+            return
+        asyncio.run(send(server.port, make_ask(1800, 2, 90_000_000 + number)))
 
 
 def _tokens_s(told: Sequence[Told]) -> float:

@@ -20,7 +20,7 @@ import httpx
 import psutil
 
 from benchmarks.load.client import Ask, Told, conversation, make_ask, percentile, send
-from benchmarks.load.shapes import anonymous_mib, capacity
+from benchmarks.load.shapes import anonymous_mib, capacity, fill_pages
 from benchmarks.load.subjects import Coppice
 from benchmarks.report import Goal, Report
 from benchmarks.scorecard.subjects import Running
@@ -123,16 +123,6 @@ def main() -> int:
     report = Report("soak", ["", "value"])
     judge(report, at_capacity, told, pauses, began + WARM_UP_SHARE * seconds)
     return report.finish()
-
-
-def fill_pages(server: Running) -> None:
-    """Long prompts until the prefix cache has touched (nearly) every page."""
-    url = f"http://127.0.0.1:{server.port}/v1/coppice/info"
-    for number in range(200):
-        engine = httpx.get(url).json()["engine"]
-        if engine and engine["pages_cached"] > 0.95 * engine["num_pages"]:
-            return
-        asyncio.run(send(server.port, make_ask(1800, 2, 90_000_000 + number)))
 
 
 def judge(
