@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from benchmarks.report import Goal, Report
 from benchmarks.workloads.azure import DATA
 from coppice.cost import StepCurve
-from coppice.scheduling.slo import select, tokens_needed
+from coppice.scheduling.slo import tokens_needed
 from coppice.scheduling.traces import as_sequences, read_trace
 from coppice.scheduling.virtual import VirtualSequence
+from coppice.speculation.select import select
 
 CURVE = StepCurve((1, 128, 256, 512, 1024), (0.02523, 0.055, 0.085, 0.125, 0.205), 0.0)
 DRAFT_S = 1.5e-3

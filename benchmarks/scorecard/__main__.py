@@ -10,7 +10,14 @@ from pathlib import Path
 from benchmarks.report import Goal, Report
 from benchmarks.scorecard import answers, doors, faults, inputs
 from benchmarks.scorecard.check import CHECKS, Check
-from benchmarks.scorecard.subjects import KEY, Coppice, LlamaCpp, Running, Subject
+from benchmarks.scorecard.subjects import (
+    KEY,
+    Coppice,
+    LlamaCpp,
+    Running,
+    Subject,
+    VllmCpu,
+)
 
 ROOMS = (answers, inputs, doors, faults)  # importing them registers their checks
 LEAST, MORE = 57, 20
@@ -20,10 +27,12 @@ def main() -> int:
     """Ask every server every question."""
     parser = argparse.ArgumentParser(prog="benchmarks.scorecard")
     parser.add_argument("--only", default="", help="checks whose name holds this")
-    parser.add_argument("--subject", choices=["coppice", "llama.cpp"], help="only this server")
+    everyone: list[Subject] = [Coppice(), LlamaCpp(), VllmCpu()]
+    names = [subject.name for subject in everyone]
+    parser.add_argument("--subject", choices=names, action="append", help="only these servers")
     args = parser.parse_args()
     checks = [check for check in CHECKS if args.only in f"{check.group}: {check.name}"]
-    subjects = [s for s in (Coppice(), LlamaCpp()) if args.subject in (None, s.name)]
+    subjects = [s for s in everyone if s.name in (args.subject or names)]
     report = Report("scorecard", ["check", *(subject.name for subject in subjects)])
     found: dict[str, dict[str, str]] = {}
     for subject in subjects:
@@ -46,7 +55,7 @@ def main() -> int:
         name: {check: why for check, why in verdicts.items() if why}
         for name, verdicts in found.items()
     }}  # fmt: skip
-    if not args.only and args.subject is None:
+    if not args.only and {"coppice", "llama.cpp"} <= set(args.subject or names):
         report.goals = _goals(passes)
     return report.finish()
 

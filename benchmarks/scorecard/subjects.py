@@ -69,6 +69,28 @@ class LlamaCpp:
         return None
 
 
+class VllmCpu:
+    """vLLM's CPU build with the same checkpoint, eager, as its documentation starts it."""
+
+    name = "vllm-cpu"
+    SETTINGS = ("VLLM_CPU_KVCACHE_SPACE=1", "VLLM_NO_USAGE_STATS=1", "HF_HUB_OFFLINE=1")
+
+    def command(self, port: int, *, key: str | None) -> list[str]:
+        """See `Subject`."""
+        more = ["--api-key", key] if key else []
+        program = [str(places.python(self.name)), "-m", "vllm.entrypoints.openai.api_server"]
+        model = ["--model", str(places.checkpoint("bundled")), "--served-model-name", "bundled"]
+        sizes = ["--dtype", "bfloat16", "--max-model-len", "2048", "--enforce-eager"]
+        where = ["--host", "127.0.0.1", "--port", str(port)]
+        return ["env", *self.SETTINGS, *program, *model, *sizes, *where, *more]
+
+    def absent(self) -> str | None:
+        """See `Subject`."""
+        if places.installed(self.name) is None or not places.checkpoint("bundled").exists():
+            return "it is not installed; run `make peers`"
+        return None
+
+
 @dataclass
 class Running:
     """One started server.

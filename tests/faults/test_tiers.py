@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +52,46 @@ def expected(model: EngineModel, requests: list[Request]) -> dict[str, Outcome]:
     return run(Engine(model, replace(CONFIG, prefix_cache=False)), requests)
 
 
-def engine_with(
-    model: EngineModel, folder: Path, files: Files | None, monkeypatch: pytest.MonkeyPatch
-) -> Engine:
-    if files is not None:
-        monkeypatch.setattr("coppice.cache.segments.Files", lambda: files)
-    return Engine(model, replace(CONFIG, kv_disk_dir=str(folder)))
+@dataclass
+class Bench:
+    """Requests, their answers, and a folder for what engines keep on disk."""
 
+    model: EngineModel
+    requests: list[Request]
+    expected: dict[str, Outcome]
+    folder: Path
+    monkeypatch: pytest.MonkeyPatch
 
-def rounds(engine: Engine, requests: list[Request], expected: dict[str, Outcome]) -> None:
-    """Every request three times, one by one, all cached pages thrown out in between."""
-    for _ in range(3):
-        for request in requests:
-            assert run(engine, [request])[request.id] == expected[request.id]
+    def engine(self, files: Files | None = None, **more: Any) -> Engine:
+        if files is not None:
+            self.monkeypatch.setattr("coppice.cache.segments.Files", lambda: files)
+        return Engine(self.model, replace(CONFIG, **{"kv_disk_dir": str(self.folder)} | more))
+
+    def once(self, engine: Engine) -> None:
+        """Every request, one by one."""
+        for request in self.requests:
+            assert run(engine, [request])[request.id] == self.expected[request.id]
             engine.check_pages()
-        engine.pages.tree.evict(1 << 20)
-        engine.pages.tiers.disk.flush(5.0)  # type: ignore[union-attr]
-    engine.close()
-    engine.check_pages()
+
+    def rounds(self, engine: Engine) -> None:
+        """Every request three times, all cached pages thrown out in between."""
+        for _ in range(3):
+            self.once(engine)
+            engine.pages.tree.evict(1 << 20)
+            engine.pages.tiers.disk.flush(5.0)  # type: ignore[union-attr]
+        engine.close()
+        engine.check_pages()
+
+
+@pytest.fixture
+def bench(
+    model: EngineModel,
+    requests: list[Request],
+    expected: dict[str, Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Bench:
+    return Bench(model, requests, expected, tmp_path, monkeypatch)
 
 
 FATAL: list[dict[str, Any]] = [
@@ -85,50 +107,31 @@ FATAL: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("faults", FATAL, ids=str)
 def test_full_disks_and_errors_turn_the_tier_off_and_change_no_token(
-    model: EngineModel,
-    requests: list[Request],
-    expected: dict[str, Outcome],
-    faults: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    bench: Bench, faults: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     files = FaultyFiles(SEED, **faults)
     with caplog.at_level(logging.WARNING):
-        engine = engine_with(model, tmp_path, files, monkeypatch)
-        rounds(engine, requests, expected)
+        engine = bench.engine(files)
+        bench.rounds(engine)
     (tier,) = engine.stats().tiers
     assert files.faults and tier.state == "off"
     assert "space left" in tier.why or "Input/output" in tier.why
     assert len([r for r in caplog.records if "not kept on disk" in r.message]) == 1
 
 
-def test_rot_is_a_miss(
-    model: EngineModel,
-    requests: list[Request],
-    expected: dict[str, Outcome],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rot_is_a_miss(bench: Bench) -> None:
     files = FaultyFiles(SEED, rot=0.02)
-    engine = engine_with(model, tmp_path, files, monkeypatch)
-    rounds(engine, requests, expected)
+    engine = bench.engine(files)
+    bench.rounds(engine)
     (tier,) = engine.stats().tiers
     assert files.faults and tier.state == "on"
     assert tier.damaged > 0 and tier.hits > 0 and tier.misses > 0
 
 
 @pytest.mark.parametrize("how", ["cut", "flip", "delete", "empty", "noise"])
-def test_files_damaged_between_starts_are_misses(
-    model: EngineModel,
-    requests: list[Request],
-    expected: dict[str, Outcome],
-    how: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    rounds(engine_with(model, tmp_path, None, monkeypatch), requests, expected)
-    paths = list((tmp_path / "coppice-kv").glob("*.kv"))
+def test_files_damaged_between_starts_are_misses(bench: Bench, how: str) -> None:
+    bench.rounds(bench.engine())
+    paths = list((bench.folder / "coppice-kv").glob("*.kv"))
     assert paths
     rng = random.Random(SEED)
     for path in paths:
@@ -146,44 +149,31 @@ def test_files_damaged_between_starts_are_misses(
             for _ in range(200):
                 content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
             path.write_bytes(content)
-    engine = engine_with(model, tmp_path, None, monkeypatch)
-    rounds(engine, requests, expected)
+    engine = bench.engine()
+    bench.rounds(engine)
     (tier,) = engine.stats().tiers
     assert tier.state == "on" and tier.written > 0
 
 
-def test_a_folder_that_cannot_be_made_is_a_warning(
-    model: EngineModel,
-    requests: list[Request],
-    expected: dict[str, Outcome],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (tmp_path / "file").write_text("")
-    engine = engine_with(model, tmp_path / "file" / "kv", None, monkeypatch)
-    rounds(engine, requests, expected)
+def test_a_folder_that_cannot_be_made_is_a_warning(bench: Bench) -> None:
+    (bench.folder / "file").write_text("")
+    engine = bench.engine(kv_disk_dir=str(bench.folder / "file" / "kv"))
+    bench.rounds(engine)
     assert engine.stats().tiers[0].state == "off"
 
 
-def test_of_two_servers_with_one_folder_the_second_waits_its_turn(
-    model: EngineModel,
-    requests: list[Request],
-    expected: dict[str, Outcome],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    first = engine_with(model, tmp_path, None, monkeypatch)
-    second = engine_with(model, tmp_path, None, monkeypatch)
-    for request in requests:
-        assert run(second, [request])[request.id] == expected[request.id]
+def test_of_two_servers_with_one_folder_the_second_waits_its_turn(bench: Bench) -> None:
+    first = bench.engine()
+    second = bench.engine()
+    bench.once(second)
     assert "another server" in second.stats().tiers[0].why
-    rounds(first, requests, expected)
+    bench.rounds(first)
     assert first.stats().tiers[0].hits > 0
     deadline = time.monotonic() + 10
     while second.stats().tiers[0].state == "off":  # until it is its turn
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    rounds(second, requests, expected)
+    bench.rounds(second)
     assert second.stats().tiers[0].hits > 0
 
 
@@ -198,16 +188,10 @@ class SlowFiles(Files):
         return super().read(file, buffers, at)
 
 
-def test_a_disk_that_hangs_holds_nobody_up(
-    model: EngineModel,
-    requests: list[Request],
-    expected: dict[str, Outcome],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_disk_that_hangs_holds_nobody_up(bench: Bench) -> None:
     files = SlowFiles()
-    engine = engine_with(model, tmp_path, files, monkeypatch)
-    asked, other = requests[0], requests[1]
+    engine = bench.engine(files)
+    asked, other = bench.requests[:2]
     run(engine, [asked])
     engine.pages.tree.evict(1 << 20)
     assert engine.pages.tiers.disk.flush(5.0)  # type: ignore[union-attr]
@@ -223,30 +207,23 @@ def test_a_disk_that_hangs_holds_nobody_up(
             tokens[output.request_id] += output.tokens
         longest = max(longest, time.monotonic() - step_began)
     took = time.monotonic() - began
-    assert tuple(tokens[asked.id]) == expected[asked.id][0]
+    assert tuple(tokens[asked.id]) == bench.expected[asked.id][0]
     assert longest < 1.0 and took < 2.5, (longest, took)
     assert engine.stats().tiers[0].hits == 0
 
 
-def test_pages_of_one_tenant_are_never_found_by_another(
-    model: EngineModel,
-    requests: list[Request],
-    expected: dict[str, Outcome],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_pages_of_one_tenant_are_never_found_by_another(bench: Bench) -> None:
     def scoped(tenant: str) -> list[Request]:
-        return [msgspec.structs.replace(r, cache_salt=f"{tenant}\n") for r in requests]
+        return [msgspec.structs.replace(r, cache_salt=f"{tenant}\n") for r in bench.requests]
 
-    config = replace(CONFIG, kv_disk_dir=str(tmp_path), kv_ram_mib=16)
-    engine = Engine(model, config)
+    engine = bench.engine(kv_ram_mib=16)
     for request in scoped("alice"):
         run(engine, [request])
     engine.close()
-    engine = Engine(model, config)  # alice's pages are on disk now
+    engine = bench.engine(kv_ram_mib=16)  # alice's pages are on disk now
     for tenant, finds in (("bob", False), ("alice", True)):
         request = scoped(tenant)[-1]
-        assert run(engine, [request])[request.id] == expected[request.id]
+        assert run(engine, [request])[request.id] == bench.expected[request.id]
         assert (sum(t.hits for t in engine.stats().tiers) > 0) == finds
     engine.close()
 

@@ -54,6 +54,7 @@ from coppice.scheduling import (
     Snapshot,
     StepPlanner,
     make_policy,
+    tokens_needed,
 )
 from coppice.speculation import DraftTree, Speculator
 
@@ -414,7 +415,10 @@ class Engine:
             for s in decoding
             if isinstance(s, Sequence) and s.num_generated and s.speculate != "off"
         ]
-        return self._speculator.grow(views, rows=rows, spare=self.config.max_rows - rows)
+        now, step_s = self.clock(), self.cost.time(rows)
+        needs = {s.arrival: tokens_needed(s, now, step_s) for s in views if s.tpot_s is not None}
+        spare = self.config.max_rows - rows
+        return self._speculator.grow(views, rows=rows, spare=spare, needs=needs)
 
     def _finish_walks(self, walks: list[Walk], outputs: list[Output]) -> None:
         """Report what sequences that go on were given, and learn from their trees."""

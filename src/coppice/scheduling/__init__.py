@@ -9,6 +9,7 @@ from coppice.scheduling.interfaces import Grant, Plan, Planner, SequenceView, Sn
 from coppice.scheduling.planner import StepPlanner
 from coppice.scheduling.policy import Policy, make_policy
 from coppice.scheduling.queue import FlowQueues
+from coppice.scheduling.slo import tokens_needed
 
 __all__ = [
     "FlowQueues",
@@ -20,4 +21,5 @@ __all__ = [
     "Snapshot",
     "StepPlanner",
     "make_policy",
+    "tokens_needed",
 ]

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from coppice.speculation.calibration import Calibration
-from coppice.speculation.tree import ROOT, DraftTree
+from coppice.speculation.select import best_first, needed_depth, select
+from coppice.speculation.tree import DraftTree
 
 PRIOR = 4.0
 """Tokens' worth of weight the proposer's average has in a new sequence's estimate."""
@@ -26,8 +27,7 @@ RETRY_SHARE = 0.02
 """the drafter's pass may take no more than this of the steps in between."""
 WORTH = 1.02
 """Expected gain below which a step is not speculated: estimates are no better than that."""
-FAR = 0.85
-"""Share of the best rate at which a search along the greedy order ends."""
+NO_NEEDS: Mapping[int, float] = {}
 
 
 @dataclass(slots=True)
@@ -91,7 +91,14 @@ class Controller:
         return min(0.99, (own.accepted + mean * PRIOR) / (own.tried + PRIOR))
 
     def depths(
-        self, source: str, arrivals: Sequence[int], *, rows: int, spare: int, pass_s: float
+        self,
+        source: str,
+        arrivals: Sequence[int],
+        *,
+        rows: int,
+        spare: int,
+        pass_s: float,
+        needs: Mapping[int, float] = NO_NEEDS,
     ) -> list[int]:
         """Draft tokens worth verifying for each sequence.
 
@@ -101,14 +108,20 @@ class Controller:
             rows: rows the step has without speculation.
             spare: rows it may have more.
             pass_s: seconds the drafter takes for one token of every sequence.
+            needs: see `select`.
         """
         chances = [self.chance(source, arrival) for arrival in arrivals]
-        depths = [0] * len(chances)
-        heap = [(-c, i) for i, c in enumerate(chances)]
+        depths = self._needed([needs.get(a, 0.0) for a in arrivals], chances, spare)
+        heap = [(-(c ** (d + 1)), i) for i, (c, d) in enumerate(zip(chances, depths, strict=True))
+                if d < self._max_depth]  # fmt: skip
         heapq.heapify(heap)
-        expected, deepest = float(len(chances)), 0
-        best_rate, best = expected / self._step_s(rows), list(depths)
-        for taken in range(1, spare + 1):
+        expected = sum(
+            sum(c**k for k in range(d + 1)) for c, d in zip(chances, depths, strict=True)
+        )
+        deepest, needed = max(depths, default=0), sum(depths)
+        best_rate = expected / (self._step_s(rows + needed) + deepest * pass_s)
+        best = list(depths)
+        for taken in range(needed + 1, spare + 1):
             if not heap:
                 break
             chance, i = heapq.heappop(heap)
@@ -137,7 +150,13 @@ class Controller:
         return sum(each**d for d in range(1, depth + 1))
 
     def select(
-        self, trees: Mapping[int, DraftTree], *, sequences: int, rows: int, spare: int
+        self,
+        trees: Mapping[int, DraftTree],
+        *,
+        sequences: int,
+        rows: int,
+        spare: int,
+        needs: Mapping[int, float] = NO_NEEDS,
     ) -> dict[int, DraftTree]:
         """What of some trees is worth verifying: the best connected parts, or nothing.
 
@@ -146,37 +165,26 @@ class Controller:
             sequences: how many get a token from the step in any case.
             rows: rows the step has without trees.
             spare: rows it may have more.
+            needs: tokens sequences must get from the step to be on time, in expectation.
         """
-        arrivals = list(trees)
-        chances = [self.chances(trees[a], a) for a in arrivals]
-        heap = [
-            (-chances[s][i], s, i)
-            for s, a in enumerate(arrivals)
-            for i, parent in enumerate(trees[a].parents)
-            if parent == ROOT
-        ]
-        heapq.heapify(heap)
-        order: list[tuple[int, int]] = []
-        expected = float(sequences)
-        best_rate, best = WORTH * expected / self._step_s(rows), 0
-        dearer = self._dearer()
-        while heap and len(order) < spare:
-            chance, s, i = heapq.heappop(heap)
-            order.append((s, i))
-            expected -= chance
-            tree = trees[arrivals[s]]
-            for child in range(i + 1, len(tree)):
-                if tree.parents[child] == i:
-                    heapq.heappush(heap, (-chances[s][child], s, child))
-            rate = expected / (self._step_s(rows + len(order)) * dearer)
-            if rate > best_rate:
-                best_rate, best = rate, len(order)
-            elif rate < FAR * best_rate and len(order) > 2 * len(arrivals):
-                break
-        kept: dict[int, list[int]] = {}
-        for s, i in order[:best]:
-            kept.setdefault(arrivals[s], []).append(i)
-        return {arrival: trees[arrival].part(sorted(nodes)) for arrival, nodes in kept.items()}
+        if not trees:
+            return {}
+        ordered = [best_first(t.parents, self.chances(t, a)) for a, t in trees.items()]
+        dearer, plain_s = self._dearer(), self._step_s(rows) / WORTH
+        counts = select(
+            [chances for _, chances in ordered],
+            [needs.get(arrival, 0.0) for arrival in trees],
+            spare,
+            step_s=lambda n: self._step_s(rows + n) * dearer if n else plain_s,
+            others=sequences - len(trees),
+        )
+        return {
+            arrival: tree.part(sorted(nodes[:count]))
+            for (arrival, tree), (nodes, _), count in zip(
+                trees.items(), ordered, counts, strict=True
+            )
+            if count
+        }
 
     def step_took(self, rows: int, trees: int, seconds: float) -> None:
         """Learn what a step of so many rows with so many trees took."""
@@ -204,6 +212,16 @@ class Controller:
         self.calibration.forget(arrival)
         for source in self._overall:
             self._records.pop((source, arrival), None)
+
+    def _needed(self, needs: Sequence[float], chances: Sequence[float], spare: int) -> list[int]:
+        """Depths that meet the needs that can be met, the largest first."""
+        depths = [0] * len(needs)
+        for i in sorted(range(len(needs)), key=lambda i: -needs[i]):
+            depth = needed_depth(chances[i], needs[i], self._max_depth)
+            if depth <= spare:
+                depths[i] = depth
+                spare -= depth
+        return depths
 
     def _with_retries(
         self, arrivals: Sequence[int], depths: list[int], spare: int, every: float

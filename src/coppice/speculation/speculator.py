@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coppice.speculation.control import Controller
+from coppice.speculation.control import NO_NEEDS, Controller
 from coppice.speculation.interfaces import DraftView, Learner, Proposer
 from coppice.speculation.tree import DraftTree
 from coppice.speculation.trial import Trial
@@ -77,16 +77,26 @@ class Speculator:
         self._trials = {p.name: Trial() for p in proposers} if on_trial else {}
         self._accounts: dict[str, _Account] = {}
         self._sequences = 0
+        self._needs = NO_NEEDS
 
-    def grow(self, views: Sequence[DraftView], *, rows: int, spare: int) -> dict[int, DraftTree]:
+    def grow(
+        self,
+        views: Sequence[DraftView],
+        *,
+        rows: int,
+        spare: int,
+        needs: Mapping[int, float] = NO_NEEDS,
+    ) -> dict[int, DraftTree]:
         """Trees by sequence number.
 
         Args:
             views: sequences that decode in this step.
             rows: rows of the step without trees.
             spare: rows the trees may take together.
+            needs: by sequence number, tokens it must get to be on time (`Controller.select`).
         """
         self._accounts.clear()
+        self._needs = needs
         for trial in self._trials.values():
             trial.rest()
         if self._all_rest(views):
@@ -111,6 +121,7 @@ class Speculator:
             sequences=len(views),
             rows=rows + fixed,
             spare=spare - fixed,
+            needs=needs,
         )
         for view in views:
             arrival = view.arrival
@@ -252,6 +263,7 @@ class Speculator:
                 rows=rows,
                 spare=spare,
                 pass_s=proposer.pass_s,
+                needs=self._needs,
             )
             for i, view in enumerate(views):
                 rival = grown.get(view.arrival)
