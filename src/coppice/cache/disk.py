@@ -69,7 +69,6 @@ class DiskTier:
         self._thread: threading.Thread | None = None
         try:
             store = make_store()
-            self.secret = store.secret
             if not self._open(store):
                 _log.warning("KV pages are not kept on disk for now: %s", self.why_off)
         except OSError as error:
@@ -142,7 +141,7 @@ class DiskTier:
     def reading(self, key: PageKey, wait_s: float) -> bool:
         """Whether a page may still come; asks for it if nobody has, and waits a little."""
         with self._changed:
-            if key.mark not in self._asked:
+            if key.mark not in self._asked and key.mark not in self._staged:
                 self.ask([key])
             if not self._changed.wait_for(lambda: key.mark not in self._asked, wait_s):
                 return time.monotonic() - self._last_read_s < GIVE_UP_S
@@ -178,10 +177,15 @@ class DiskTier:
     def _open(self, store: SegmentStore) -> bool:
         """Open the store; False while another process has it."""
         try:
-            self._store = store.open()
+            store.open()
         except BlockingIOError as error:
             self.why_off = str(error)
+            self.secret = store.secret or self.secret
             return False
+        if self.why_off and store.secret != self.secret:
+            raise OSError("pages were named by another key than the folder's")
+        self.secret = store.secret
+        self._store = store
         self.why_off = ""
         return True
 

@@ -10,7 +10,7 @@ from coppice.cache.prefix import Match, PrefixTree
 from coppice.cache.tiers import Tiers
 
 STEP_S = 0.02
-"""Most time of one call: rows of others wait for it."""
+"""Most time of all calls before one step: rows of others wait for it."""
 WAIT_S = 0.002
 """How long a call waits for a page that is being read."""
 
@@ -36,6 +36,11 @@ class Restorer:
         self._tree = tree
         self._tiers = tiers
         self._clock = clock
+        self._until = clock() + STEP_S
+
+    def begin_step(self) -> None:
+        """The calls that follow are before the same step."""
+        self._until = self._clock() + STEP_S
 
     def restore(self, match: Match, tokens: Sequence[int], page_size: int) -> bool:
         """Bring back the pages of ``tokens`` after what the tree matched.
@@ -46,13 +51,13 @@ class Restorer:
         """
         rest = tokens[len(match.pages) * page_size :]
         keys = self._tiers.chain(match.node, rest, page_size)
-        node, held, until = match.node, list(match.pages), self._clock() + STEP_S
+        node, held = match.node, list(match.pages)
         for page in held:  # making room must not evict what the new pages follow
             self._allocator.retain(page)
         done = True
         try:
             for key in keys:
-                if self._clock() > until or self._tiers.coming(key, WAIT_S):
+                if self._clock() > self._until or self._tiers.coming(key, WAIT_S):
                     done = False
                     break
                 if not self._allocator.num_free and not self._tree.evict(1):

@@ -51,7 +51,7 @@ class SegmentStore:
         now: seconds since 1970.
 
     Attributes:
-        secret: key of the folder's marks, known before `open`.
+        secret: key of the folder's marks, empty until `open` has found it.
 
     Raises:
         OSError: the folder cannot be used.
@@ -81,24 +81,28 @@ class SegmentStore:
         """Records that were not what they should be."""
         self._files.make_folder(self._folder)
         self._lock: int | None = None
-        self.secret = self._read_secret()
+        self.secret = b""
 
     def open(self) -> Self:
         """Make the folder ours and learn what is there; to be called before anything else.
 
         Raises:
-            BlockingIOError: another process uses it; it may be tried again.
+            BlockingIOError: another process uses it; it may be tried again. ``secret`` is known,
+                unless that process makes it just now.
             OSError: it cannot be used.
         """
         lock = self._files.open(self._folder / "lock", os.O_RDWR | os.O_CREAT)
         try:
             self._files.lock(lock)
-            if self._read_secret() != self.secret:
+            secret = self._read_secret() or self._make_secret()
+            if self.secret not in (b"", secret):
                 raise OSError(f"the key in {self._folder} has changed")
+            self.secret = secret
             self._scan()
         except BaseException as error:
             self._files.close(lock)
             if isinstance(error, BlockingIOError):
+                self.secret = self.secret or self._read_secret()
                 raise BlockingIOError(f"another server uses {self._folder}") from None
             raise
         self._lock = lock
@@ -301,14 +305,21 @@ class SegmentStore:
             done += self._files.write(file, view[done:], at + done)
 
     def _read_secret(self) -> bytes:
-        """The key of this folder's marks, made on first use."""
-        path = self._folder / "secret"
-        file = self._files.open(path, os.O_RDWR | os.O_CREAT)
+        """The key of this folder's marks; empty where there is none yet."""
+        file = self._files.open(self._folder / "secret", os.O_RDWR | os.O_CREAT)
         try:
             secret = bytearray(SECRET_BYTES)
-            if not self._read_all(file, [memoryview(secret)], 0):
-                secret = bytearray(secrets.token_bytes(SECRET_BYTES))
-                self._write_all(file, memoryview(secret), 0)
-            return bytes(secret)
+            whole = self._read_all(file, [memoryview(secret)], 0)
+            return bytes(secret) if whole else b""
         finally:
             self._files.close(file)
+
+    def _make_secret(self) -> bytes:
+        """A key for a new folder; only who has the lock may make one."""
+        secret = secrets.token_bytes(SECRET_BYTES)
+        file = self._files.open(self._folder / "secret", os.O_RDWR | os.O_CREAT)
+        try:
+            self._write_all(file, memoryview(secret), 0)
+        finally:
+            self._files.close(file)
+        return secret

@@ -81,6 +81,9 @@ class Tiers:
         """
         if self.disk is None:
             return
+        if self.disk.why_off:
+            self.disk.close()
+            return
         deadline = time.monotonic() + timeout_s
         disk = self.disk
         pooled = ((node, key) for node in nodes if (key := self._key(node)) not in disk)
@@ -103,8 +106,10 @@ class Tiers:
                 break
             found.append(key)
             parent = key.mark
+        # Backwards, so that room made in RAM meanwhile is not made of what is needed first.
+        missing = [key for key in reversed(found) if not self._in_ram(key)]
         if self.disk is not None:
-            self.disk.ask([key for key in found if not self._in_ram(key)])
+            self.disk.ask(missing[::-1])
         return found
 
     def coming(self, key: PageKey, wait_s: float) -> bool:
@@ -141,10 +146,13 @@ class Tiers:
         return key
 
     def _mark(self, node: Node) -> bytes:
-        """A node's mark, worked out once."""
-        if not node.mark:
-            if node.parent is None:
-                node.mark = self._marks.root(node.scope)
-            else:
-                node.mark = self._key(node).mark
+        """A node's mark, worked out once; a long prompt may have thousands above it."""
+        unmarked, at = [], node
+        while not at.mark and at.parent is not None:
+            unmarked.append(at)
+            at = at.parent
+        if not at.mark:
+            at.mark = self._marks.root(at.scope)
+        for each in reversed(unmarked):
+            self._key(each)
         return node.mark

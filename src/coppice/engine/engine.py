@@ -172,8 +172,8 @@ class Engine:
         """End a request or one of its choices; an id that has ended already is no error."""
         outputs: list[Output] = []
         ended = list(self._requests.get(request_id, ()))
-        if index is None:
-            ended.extend(self._release_held_back(request_id, enqueue=False))
+        if index is None or all(sequence.index != index for sequence in ended):
+            ended.extend(self._release_held_back(request_id, enqueue=index is not None))
         for sequence in ended:
             if index is None or sequence.index == index:
                 self._end(sequence, reason, outputs)
@@ -207,7 +207,7 @@ class Engine:
         grants = plan.grants
         if plan.admit:  # a newcomer may have found no pages after all
             grants = [g for g in grants if g.sequence.num_pages]
-        drafting = self.clock()
+        began_running = drafting = self.clock()
         self.meter.hold(self._running)
         trees = self._speculate(grants)
         drafting = self.clock() - drafting
@@ -215,9 +215,10 @@ class Engine:
         self._finish_walks(result.walks, outputs)
         took = self.clock() - began
         if result.num_rows:
-            self.cost.observe(result.num_rows, took - drafting)
+            ran_s = self.clock() - began_running - drafting
+            self.cost.observe(result.num_rows, ran_s)
             if self._speculator is not None:
-                self._speculator.step_took(result.num_rows, len(trees), took - drafting)
+                self._speculator.step_took(result.num_rows, len(trees), ran_s)
         self.meter.step(result.ran, took, self.cost)
         self._totals["steps"] += 1
         self._totals["rows"] += result.num_rows
@@ -377,16 +378,20 @@ class Engine:
             self._stop_running(sequence)
             self._waiting.push(sequence)
             self._totals["preemptions"] += 1
+        self.pages.begin_step()
         for sequence in plan.admit:
             assert isinstance(sequence, Sequence)
-            if not self.pages.attach(sequence):
+            attached = self.pages.attach(sequence)
+            if attached == "full":
                 break
+            if attached == "coming":  # those behind it need not wait for its disk
+                continue
             self._waiting.remove(sequence)
             self._batch.take_slot(sequence)
             insort(self._running, sequence, key=_rank)
             if not sequence.scheduled_s:
                 sequence.scheduled_s = now
-                sequence.cached_tokens = sequence.num_computed
+                sequence.cached_tokens = min(sequence.num_computed, sequence.num_prompt)
                 flows.charge(sequence, "admitted", sequence.num_prompt, now)
         for sequence in plan.overtaken:
             assert isinstance(sequence, Sequence)
@@ -404,6 +409,9 @@ class Engine:
         """Trees for the sequences that decode, within the rows the plan left."""
         if self._speculator is None:
             return {}
+        wishes = any(s.tpot_s is not None for s in self._running)
+        if not wishes and self._speculator.skips(self._running):
+            return {}
         rows = sum(grant.num_rows for grant in grants)
         decoding = [
             g.sequence
@@ -415,10 +423,12 @@ class Engine:
             for s in decoding
             if isinstance(s, Sequence) and s.num_generated and s.speculate != "off"
         ]
-        now, step_s = self.clock(), self.cost.time(rows)
-        needs = {s.arrival: tokens_needed(s, now, step_s) for s in views if s.tpot_s is not None}
-        spare = self.config.max_rows - rows
-        return self._speculator.grow(views, rows=rows, spare=spare, needs=needs)
+        needs = {}
+        if wishes:
+            now, step_s = self.clock(), self.cost.time(rows)
+            needs = {s.arrival: tokens_needed(s, now, step_s) for s in views}
+        spare = self.cost.rows_within(MAX_STEP_S, self.config.max_rows) - rows
+        return self._speculator.grow(views, rows=rows, spare=max(0, spare), needs=needs)
 
     def _finish_walks(self, walks: list[Walk], outputs: list[Output]) -> None:
         """Report what sequences that go on were given, and learn from their trees."""
@@ -450,7 +460,7 @@ class Engine:
         self.policy.flows.charge(sequence, "generated", 1, self.clock())
         self.meter.accepted(sequence, first=not sequence.first_token_s)
         if not sequence.first_token_s:
-            sequence.first_token_s = self.clock()
+            sequence.first_token_s, sequence.first_tokens = self.clock(), len(sequence.tokens)
             self._totals["prompt_tokens"] += len(sequence.request.prompt)
             self._release_held_back(sequence.request.id, enqueue=True)
         reason = finish_reason(sequence, token)
@@ -481,8 +491,7 @@ class Engine:
         elif sequence in self._waiting:  # not so while parked, or never queued
             self._waiting.remove(sequence)
         outputs.append(report(sequence))
-        if reason == "failed":  # choices held back for this one's prompt still run
-            self._release_held_back(sequence.request.id, enqueue=True)
+        self._release_held_back(sequence.request.id, enqueue=True)  # they wait for its prompt
         siblings = self._requests[sequence.request.id]
         if all(s.finish_reason is not None for s in siblings):
             del self._requests[sequence.request.id]

@@ -46,18 +46,23 @@ class EngineLoop:
     def run(self) -> None:
         """Take messages and step until `Shutdown`."""
         _Watchdog(self, self._engine.config.watchdog_s).start()
-        while not self._stopping:
-            self._last_beat = time.monotonic()
-            messages: list[FromEngine] = []
-            self._take_messages(messages)
-            if self._engine.has_work and not self._stopping:
-                messages.extend(self._engine.step())
-            self._add_stats(messages)
-            if messages:
-                self._send(messages)
-            if self._last_beat - self._last_usage >= USAGE_EVERY_S:
-                self._write_usage()
-        self._write_usage()
+        try:
+            while not self._stopping:
+                self._round()
+        finally:
+            self._write_usage()
+
+    def _round(self) -> None:
+        self._last_beat = time.monotonic()
+        messages: list[FromEngine] = []
+        self._take_messages(messages)
+        if self._engine.has_work and not self._stopping:
+            messages.extend(self._engine.step())
+        self._add_stats(messages)
+        if messages:
+            self._send(messages)
+        if self._last_beat - self._last_usage >= USAGE_EVERY_S:
+            self._write_usage()
 
     def _write_usage(self) -> None:
         """Append the totals to ``usage_file``; a full disk stops nobody's answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from coppice.cache import Match, PageAllocator, PrefixTree
 from coppice.cache.pool import KVPool
@@ -10,6 +11,7 @@ from coppice.cache.restore import Restorer
 from coppice.cache.tiers import Tiers
 from coppice.engine.sequence import Sequence
 
+Attached = Literal["held", "coming", "full"]
 FLUSH_S = 3.0
 """How long a clean stop may write pages to disk."""
 
@@ -36,19 +38,25 @@ class SequencePages:
         self.queried_tokens = 0
         self.hit_tokens = 0
 
-    def attach(self, sequence: Sequence) -> bool:
+    def begin_step(self) -> None:
+        """The sequences attached from now on have their pages brought back before one step."""
+        if self._restorer is not None:
+            self._restorer.begin_step()
+
+    def attach(self, sequence: Sequence) -> Attached:
         """Take what the prefix tree has of the sequence and pages for its whole length.
 
         The last token is always left to compute: its logits are wanted.
 
         Returns:
-            False, with nothing held, when the pages are not there, or not yet.
+            ``full`` when there are not enough pages, ``coming`` while a tier still brings
+            some; nothing is held then.
         """
         known = len(sequence.tokens) - 1
         if self._prefix_cache:
             match = self._match(sequence.tokens[:known], sequence.request.cache_salt)
             if match is None:
-                return False
+                return "coming"
             sequence.pages = list(match.pages)
             sequence.node = match.node
             sequence.num_sealed = len(match.pages)
@@ -59,14 +67,14 @@ class SequencePages:
                 self._copy_tail(sequence, match.tail_page, match.tail_tokens)
             if not self.grow(sequence, len(sequence.tokens)):
                 self.release(sequence)
-                return False
+                return "full"
             self.queried_tokens += known
             self.hit_tokens += sequence.num_computed
-            return True
+            return "held"
         if not self.grow(sequence, len(sequence.tokens)):
             self.release(sequence)
-            return False
-        return True
+            return "full"
+        return "held"
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the sequence pages for ``num_tokens``, evicting cached prefixes if need be."""

@@ -98,8 +98,10 @@ def _serve(connection: socket.socket, config: EngineConfig) -> int:
     send([Ready(engine.facts())])
     die_with_parent(on=False)  # from here on the reader sees its end, and what is kept is written
     threading.Thread(target=_read, args=(connection, loop), name="reader", daemon=True).start()
-    loop.run()
-    engine.close()
+    try:
+        loop.run()
+    finally:  # also where the front end went away in mid-step
+        engine.close()
     return 0
 
 
@@ -108,17 +110,19 @@ def _read(connection: socket.socket, loop: EngineLoop) -> None:
 
     So does a reset, which is what there is when it died with something of ours unread.
     """
-    with contextlib.suppress(OSError), connection.makefile("rb") as stream:
-        while True:
-            head = stream.read(HEAD_BYTES)
-            if len(head) < HEAD_BYTES:
-                break
-            size = int.from_bytes(head, "little")
-            body = stream.read(size) if size <= MAX_FRAME else b""
-            if len(body) < size:
-                break
-            loop.inbox.put(decode_to_engine(body))
-    loop.inbox.put(Shutdown())
+    try:
+        with contextlib.suppress(OSError), connection.makefile("rb") as stream:
+            while True:
+                head = stream.read(HEAD_BYTES)
+                if len(head) < HEAD_BYTES:
+                    break
+                size = int.from_bytes(head, "little")
+                body = stream.read(size) if size <= MAX_FRAME else b""
+                if len(body) < size:
+                    break
+                loop.inbox.put(decode_to_engine(body))
+    finally:  # a message that cannot be read leaves no deaf engine behind
+        loop.inbox.put(Shutdown())
 
 
 if __name__ == "__main__":

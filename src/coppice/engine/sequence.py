@@ -65,6 +65,7 @@ class Sequence:
     reached: int = 0
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
+    first_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.sent = len(self.request.prompt)

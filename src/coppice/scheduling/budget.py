@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from math import inf
 
-from coppice.scheduling.interfaces import CostModel, SequenceView, Snapshot
+from coppice.scheduling.interfaces import CostModel, Snapshot
+from coppice.scheduling.slo import next_token_due
 
 LATE_IS_LOST = 2.0
 """A sequence behind its line by more than so many token times does not shorten steps: it
 could only be helped at the price of everybody's throughput."""
-
-
-def next_token_due(sequence: SequenceView) -> float:
-    """When the next token is due on the line of ``tpot_s`` after the first; inf without one."""
-    if sequence.tpot_s is None or not sequence.first_token_s:
-        return inf
-    generated = sequence.num_tokens - sequence.num_prompt
-    return sequence.first_token_s + sequence.tpot_s * generated
 
 
 def rows_in_time(snapshot: Snapshot, cost: CostModel, prefill_share: float) -> int:

@@ -73,6 +73,11 @@ class SequenceView(Protocol):
         ...
 
     @property
+    def first_tokens(self) -> int:
+        """``num_tokens`` at that moment: more than the prompt's and one after a crash."""
+        ...
+
+    @property
     def tenant(self) -> str:
         """Whose share the work counts against."""
         ...

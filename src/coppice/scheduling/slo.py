@@ -1,4 +1,4 @@
-"""How far a sequence is behind its wish for time per token.
+"""The line of ``tpot_s`` a sequence should stay on, and how far behind it is.
 
 What it needs is verified first (`coppice.speculation.select`), the rest where it yields most.
 
@@ -12,18 +12,24 @@ from math import inf
 from coppice.scheduling.interfaces import SequenceView
 
 
-def tokens_needed(sequence: SequenceView, now: float, step_s: float) -> float:
-    """Tokens the next step must bring for a sequence to be on its line of ``tpot_s``.
+def next_token_due(sequence: SequenceView) -> float:
+    """When the next token is due on the line of ``tpot_s`` after the first; inf without one."""
+    if sequence.tpot_s is None or not sequence.first_token_s:
+        return inf
+    later = sequence.num_tokens - sequence.first_tokens
+    return sequence.first_token_s + sequence.tpot_s * (later + 1)
 
-    ``(time since the first token + the step) / tpot_s - tokens after the first``; below 0 where
-    it is ahead, minus infinity where it has no wish.
+
+def tokens_needed(sequence: SequenceView, now: float, step_s: float) -> float:
+    """Tokens the next step must bring for a sequence to be on its line when it ends.
+
+    Below 0 where it is ahead, minus infinity where it has no wish.
 
     Args:
         sequence: one that decodes.
         now: seconds.
-        step_s: expected seconds of the step, prompts and drafting included.
+        step_s: expected seconds of the step.
     """
     if sequence.tpot_s is None or not sequence.first_token_s:
         return -inf
-    later = sequence.num_tokens - sequence.num_prompt - 1
-    return (now - sequence.first_token_s + step_s) / sequence.tpot_s - later
+    return 1.0 + (now + step_s - next_token_due(sequence)) / sequence.tpot_s

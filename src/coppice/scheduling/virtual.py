@@ -59,6 +59,7 @@ class VirtualSequence:
     overtaken: int = 0
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
+    first_tokens: int = 0
     ended_s: float = 0.0
     fate: str = ""
     preemptions: int = 0
@@ -233,7 +234,7 @@ class VirtualEngine:
     def _accept(self, sequence: VirtualSequence) -> None:
         sequence.num_tokens += 1
         if not sequence.first_token_s:
-            sequence.first_token_s = self.now
+            sequence.first_token_s, sequence.first_tokens = self.now, sequence.num_tokens
         self.policy.flows.charge(sequence, "generated", 1, self.now)
         if self._on_token is not None:
             self._on_token(sequence, self.now)

@@ -148,7 +148,7 @@ class Cells:
 
     def begin(self) -> None:
         """Start the process now, so that the first job need not wait for it."""
-        if self._keeper is None:
+        if self._keeper is None or self._keeper.done():
             self._keeper = asyncio.create_task(self._keep(), name=f"{self._kind.name}-cell")
 
     async def ask(self, job: Job, tenant: str = "") -> Answer:

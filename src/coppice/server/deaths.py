@@ -10,6 +10,7 @@ from pathlib import Path
 from coppice.errors import CoppiceError, EngineDeadError
 
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.5, 30.0
+_SIGNALS = {int(number): number.name for number in signal.Signals}
 SENT_BY_OTHERS = frozenset(
     -int(number) for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 )
@@ -40,13 +41,14 @@ def by_status(status: int, *, hung: bool, out_of_memory: bool, worked: bool) -> 
     Args:
         status: as the system gave it; negative for a signal.
         hung: we ended it, for its silence.
-        out_of_memory: the kernel killed some process for memory meanwhile.
+        out_of_memory: the kernel killed some process for memory at that time.
         worked: see `Death`.
     """
     if hung:
         return Death(EngineDeadError("The engine stood still and was ended."), worked=worked)
-    how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-    if out_of_memory and status == -signal.SIGKILL:
+    how = f"signal {_SIGNALS.get(-status, -status)}" if status < 0 else f"status {status}"
+    out_of_memory = out_of_memory and status == -signal.SIGKILL
+    if out_of_memory:
         how += ", out of memory"
     return Death(
         EngineDeadError(f"The engine process died ({how})."),

@@ -148,7 +148,6 @@ class Dumps:
 
     def _write(self, lines: list[bytes]) -> Path:
         self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
-        self._folder.chmod(0o700)
         name = f"{PREFIX}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{time.time_ns()}{SUFFIX}"
         path = self._folder / name
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW

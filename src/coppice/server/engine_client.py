@@ -86,7 +86,8 @@ class AsyncEngine:
         self.replacements = 0
         self.silence = Silence()
         self._loaded = self._worked = False
-        self._began_s = time.monotonic()
+        self._memory_kills = 0
+        self._began_s: float | None = None
         self.start_took_s = 1.0
         """Seconds from the last start of the process to a loaded model."""
 
@@ -103,7 +104,8 @@ class AsyncEngine:
     @property
     def back_in_s(self) -> float:
         """Estimated seconds until an engine that is restarting takes new work again."""
-        return max(1.0, self.start_took_s - (time.monotonic() - self._began_s))
+        begun_s = 0.0 if self._began_s is None else time.monotonic() - self._began_s
+        return max(1.0, self.start_took_s - begun_s)
 
     def begin(self) -> None:
         """Start the engine; `ready` tells when its model is loaded."""
@@ -177,7 +179,10 @@ class AsyncEngine:
         """Cancel what is still open and route no more of its outputs."""
         if request_id in self.live:
             self.cancel(request_id)
-            self.live.pop(request_id, None)
+        live = self.live.pop(request_id, None)
+        if live is not None:
+            live.open.clear()
+            self._replay.moved(live)  # nobody is on probation who is gone
 
     async def replace(self, notice_s: float) -> float:
         """Another engine process takes this one's place; it, or its memory, goes away.
@@ -234,6 +239,7 @@ class AsyncEngine:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
+        await asyncio.gather(*self._leaving, return_exceptions=True)
         self.fail_all("The server stopped.")
 
     def fail_all(self, message: str) -> None:
@@ -284,11 +290,12 @@ class AsyncEngine:
 
     async def _run_once(self) -> Death:
         """One life of the engine process; returns how it ended."""
-        kills_before, self._loaded, self._worked = memory_kills(), False, False
+        self._memory_kills, self._loaded, self._worked = memory_kills(), False, False
         try:
             if self._successor is not None:
                 coming, self._successor = self._successor, None
                 self._process = await coming
+                self._began_s = None
             else:
                 self._process = await EngineProcess.spawn(self._command)
         except (EngineDeadError, OSError) as error:
@@ -321,7 +328,7 @@ class AsyncEngine:
         return by_status(
             status,
             hung=self.silence.hung,
-            out_of_memory=memory_kills() > kills_before,
+            out_of_memory=memory_kills() > self._memory_kills,
             worked=self._worked,
         )
 
@@ -330,6 +337,7 @@ class AsyncEngine:
         while True:
             await asyncio.sleep(TICK_S)
             silence.tick()
+            self._memory_kills = memory_kills()  # those before are somebody else's
             if self._loaded and 0 < self._hang_s <= silence.ticks * TICK_S:
                 silence.hung = True
                 log.error("The engine has said nothing for %.0f s; ending it. Its stacks:",
@@ -350,7 +358,8 @@ class AsyncEngine:
 
     def _take_ready(self, facts: ModelFacts) -> None:
         self._loaded = True
-        self.start_took_s = time.monotonic() - self._began_s
+        if self._began_s is not None:  # a successor was started beside the one before
+            self.start_took_s = time.monotonic() - self._began_s
         if self.facts is not None and self.facts.fingerprint != facts.fingerprint:
             # What was begun with other weights cannot be gone on with.
             self._replay.fail("The engine came back with another model.", EngineDeadError.code)

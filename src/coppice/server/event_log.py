@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Iterable
 from coppice.errors import RequestError, TakenOverError
 from coppice.server.stream import CLOSING, Piece
 
-PLACE = r"^[0-9]{1,9}(\.[0-9]{1,9}){0,2999}$"
+PLACE = r"^([0-9]{1,9}(\.[0-9]{1,9}){0,2999})?$"
 CHUNK_BYTES = 64 << 10
 
 

@@ -220,7 +220,7 @@ class Journal:
 
     def forget(self, call: str) -> None:
         """Nobody will ask for it again."""
-        if self._kept.pop(call, None) is not None:
+        if self.on and self._kept.pop(call, None) is not None:
             self._untidy = True
             self._news.set()
 
@@ -269,7 +269,7 @@ class Journal:
                     self._thread, self._write, bodies, bool(waiters), kept
                 ):
                     self._untidy = True
-            except (OSError, ConfigError) as error:
+            except Exception as error:  # or every stream would wait for its record for ever
                 self._turn_off(error)
                 closing = True
             finally:

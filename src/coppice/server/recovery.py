@@ -49,7 +49,7 @@ async def recover(services: Services, text: TextService, facts: ModelFacts) -> N
         accepted, ended = recorded.accepted, recorded.ended
         key = services.keys.named(accepted.key)
         known = Resumable(accepted.call, accepted.request_id, accepted.tenant, recorded=recorded)
-        if key is None:  # it was withdrawn: nobody may ask for this any more
+        if key is None or key.tenant != accepted.tenant:  # nobody may ask for this any more
             streams.journal.end(accepted.call, "cancelled")
             streams.journal.forget(accepted.call)
         elif ended is not None:

@@ -31,6 +31,7 @@ log = logging.getLogger("coppice.server.replay")
 SUSPECT_AFTER = 2
 """Crashes after which a request that was there each time runs alone."""
 MAX_POISONS = 256
+LEAST_LEFT_S = 1e-3
 PROBATION_TOKENS, PROBATION_S = 16, 10.0
 """A suspect has passed after so many further tokens of each open choice, or that long."""
 
@@ -89,16 +90,19 @@ class LiveRequest:
 
     def message(self) -> Submit:
         """The request for an engine, with what has been accepted so far."""
-        request = self.request
+        left_s = self.left_s
+        if left_s is not None:  # one that is over is the engine's to end
+            left_s = max(left_s, LEAST_LEFT_S)
+        request = msgspec.structs.replace(self.request, deadline_s=left_s)
         if len(self.open) == request.sampling.n and not any(
             choice.tokens for choice in self.open.values()
         ):
-            return Submit(msgspec.structs.replace(request, deadline_s=self.left_s))
+            return Submit(request)
         progress = [
             Progress(index, choice.tokens, choice.drafted, choice.accepted)
             for index, choice in self.open.items()
         ]
-        return Submit(msgspec.structs.replace(request, deadline_s=self.left_s), progress)
+        return Submit(request, progress)
 
 
 _POISONED = (
@@ -108,8 +112,9 @@ _POISONED = (
 
 
 def _fingerprint(request: Request) -> bytes:
-    """Equal for requests that ask for the same."""
-    return sha256(msgspec.msgpack.encode((request.prompt, request.sampling))).digest()
+    """Equal for requests that ask for the same, whatever seed they were given."""
+    sampling = msgspec.structs.replace(request.sampling, seed=None)
+    return sha256(msgspec.msgpack.encode((request.prompt, sampling))).digest()
 
 
 class Replay:

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -128,20 +128,24 @@ class Resumables:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def require_free(self, request_id: str, tenant: str) -> None:
+    def require_free(self, request_id: str, tenant: str, live: Iterable[Call]) -> None:
         """Refuse a second call under the name of one that runs: one of them could not be found.
+
+        Args:
+            request_id: the name.
+            tenant: whose.
+            live: all calls, also those that have yet to be let in.
 
         Raises:
             RequestError: 409, there is one.
         """
-        for known in self._known.values():
-            if known.running is not None and (request_id, tenant) == (
-                known.request_id, known.tenant,
-            ):  # fmt: skip
-                raise NameInUseError(
-                    f"A stream named {request_id} runs already; take it up, or send another "
-                    "X-Request-Id.", param="X-Request-Id",
-                )  # fmt: skip
+        names = {(c.request_id, c.key.tenant) for c in live if c.resumable}
+        names |= {(k.request_id, k.tenant) for k in self._known.values() if k.running is not None}
+        if (request_id, tenant) in names:
+            raise NameInUseError(
+                f"A stream named {request_id} runs already; take it up, or send another "
+                "X-Request-Id.", param="X-Request-Id",
+            )  # fmt: skip
 
     def find(self, request_id: str, tenant: str | None) -> Resumable:
         """The newest call of this id that belongs to the tenant; any, if that is ``None``.

@@ -103,7 +103,7 @@ class Segments:
     def append(self, bodies: list[bytes]) -> bool:
         """Write records; true when a new file was begun, so that `tidy` may be worth it."""
         begun = self._current is None or self._current.size >= self._segment_bytes
-        current = self._begin() if begun or self._current is None else self._current
+        current = self._current if self._current is not None and not begun else self._begin()
         frames = [framed(body) for body in bodies]
         _write(self._file, b"".join(frames))
         for body, frame in zip(bodies, frames, strict=True):
@@ -140,6 +140,7 @@ class Segments:
         if self._current is not None:
             self.sync()
             os.close(self._file)
+            self._file = -1
             self._old.append(self._current)
         path = self._folder / f"segment-{self._next:08d}"
         self._next += 1

@@ -99,7 +99,8 @@ def open_call(
         body.stream and services.streams.on and http.headers.get(HEADER, "").lower() == "true"
     )
     if resumable:
-        services.streams.require_free(request_id_of(http.scope), key.tenant)
+        name = request_id_of(http.scope)
+        services.streams.require_free(name, key.tenant, services.calls.live())
     warnings = review(body, strict=services.config.strict_fields)
     timeout_s = min(body.deadline_s or services.config.request_timeout_s,
                     services.config.request_timeout_s)  # fmt: skip

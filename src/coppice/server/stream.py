@@ -91,7 +91,10 @@ class EventStream(Response):
                 await pump
 
     async def _pump(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        self._writing_since = time.monotonic()
+        await send(start)
+        self._writing_since = None
         try:
             async for chunk in self._events:
                 await self._write(send, chunk)
@@ -114,7 +117,11 @@ class EventStream(Response):
             elif now - self._written < self._ping_s:
                 await asyncio.sleep(min(self._written + self._ping_s - now, 1.0))
             else:
-                await self._write(send, PING)
+                try:
+                    async with asyncio.timeout(self._slow_reader_s):
+                        await self._write(send, PING)
+                except TimeoutError:
+                    return
 
     async def _write(self, send: Send, chunk: bytes) -> None:
         self._writing_since = time.monotonic()

@@ -175,6 +175,7 @@ class Controller:
             [chances for _, chances in ordered],
             [needs.get(arrival, 0.0) for arrival in trees],
             spare,
+            most=self._max_depth,
             step_s=lambda n: self._step_s(rows + n) * dearer if n else plain_s,
             others=sequences - len(trees),
         )
@@ -214,13 +215,11 @@ class Controller:
             self._records.pop((source, arrival), None)
 
     def _needed(self, needs: Sequence[float], chances: Sequence[float], spare: int) -> list[int]:
-        """Depths that meet the needs that can be met, the largest first."""
+        """Depths that meet the needs as far as they can be met, the largest first."""
         depths = [0] * len(needs)
         for i in sorted(range(len(needs)), key=lambda i: -needs[i]):
-            depth = needed_depth(chances[i], needs[i], self._max_depth)
-            if depth <= spare:
-                depths[i] = depth
-                spare -= depth
+            depths[i] = min(spare, needed_depth(chances[i], needs[i], self._max_depth))
+            spare -= depths[i]
         return depths
 
     def _with_retries(

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 
 from coppice.speculation.tree import ROOT
 
+LEAST_CHANCE = 0.1
+"""Guesses less likely than this bring nobody who is late back on time."""
 FAR = 0.85
 """Share of the best rate at which a search along the order ends."""
 
@@ -56,9 +58,9 @@ def select(
 
     Returns:
         A count for each request; their sum is at most ``budget``. Needs are met in the order of
-        their size as far as the budget goes; those no offer could meet count as none.
+        their size as far as offers and budget go.
 
-    Cost: O((requests + budget) log requests).
+    Cost: O((requests + budget) log requests), and a copy of the counts at each improvement.
     """
     counts = _for_needs(offers, needs, budget, most)
     taken = sum(counts)
@@ -87,7 +89,7 @@ def select(
 
 
 def needed_depth(chance: float, need: float, most: int) -> int:
-    """Fewest tokens of a chain that bring ``need`` in expectation; 0 where not even ``most`` do.
+    """Fewest tokens of a chain that bring ``need`` in expectation, or as much as they can.
 
     Args:
         chance: that a token is accepted where the one before was.
@@ -96,9 +98,11 @@ def needed_depth(chance: float, need: float, most: int) -> int:
     """
     expected, depth = 1.0, 0
     while expected < need and depth < most:
-        depth += 1
-        expected += chance**depth
-    return depth if expected >= need else 0
+        gain = chance ** (depth + 1)
+        if gain < LEAST_CHANCE:
+            break
+        depth, expected = depth + 1, expected + gain
+    return depth
 
 
 def _for_needs(
@@ -108,11 +112,9 @@ def _for_needs(
     for i in sorted(range(len(offers)), key=lambda i: -needs[i]):
         if budget <= 0 or needs[i] <= 1.0:
             break
-        if needs[i] > 1.0 + sum(offers[i][:most]):
-            continue
         expected = 1.0
         for chance in offers[i][:most]:
-            if expected >= needs[i] or budget <= 0:
+            if expected >= needs[i] or budget <= 0 or chance < LEAST_CHANCE:
                 break
             expected += chance
             counts[i] += 1

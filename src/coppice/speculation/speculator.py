@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,20 @@ class Speculator:
         self._accounts: dict[str, _Account] = {}
         self._sequences = 0
         self._needs = NO_NEEDS
+        self._skipped = False
+
+    def _is_late(self, arrival: int) -> bool:
+        """Whether the step's own token is not enough for a sequence."""
+        return self._needs.get(arrival, 0.0) > 1.0
+
+    def skips(self, views: Iterable[DraftView]) -> bool:
+        """Whether nobody is to be asked for any of these, so that the step does without `grow`."""
+        resting = bool(self._trials) and not any(trial.on for trial in self._trials.values())
+        self._skipped = resting and all(view.speculate in ("auto", "off") for view in views)
+        if self._skipped:
+            for trial in self._trials.values():
+                trial.rest()
+        return self._skipped
 
     def grow(
         self,
@@ -96,11 +110,9 @@ class Speculator:
             needs: by sequence number, tokens it must get to be on time (`Controller.select`).
         """
         self._accounts.clear()
-        self._needs = needs
+        self._needs, self._skipped = needs, False
         for trial in self._trials.values():
             trial.rest()
-        if self._all_rest(views):
-            return {}
         began = at = time.perf_counter()
         self._sequences = len(views)
         for view in views:
@@ -151,10 +163,14 @@ class Speculator:
         self.totals[f"accepted_{tree.source}"] += accepted
 
     def step_took(self, rows: int, trees: int, seconds: float) -> None:
-        """Learn what a step with so many rows and trees took."""
+        """Learn what a step with so many rows and trees took; nothing from those skipped."""
+        if self._skipped:
+            return
         self._controller.step_took(rows, trees, seconds)
         if not self._trials or not self._accounts:
             return
+        if any(need > 1.0 for need in self._needs.values()):
+            return  # who is late is guessed for whether it pays or not: no verdict
         nodes = sum(account.nodes for account in self._accounts.values())
         plain_s = self._controller.plain_s(self._sequences)
         more_s = min(seconds - self._controller.plain_s(rows - nodes), 3.0 * plain_s)
@@ -216,14 +232,6 @@ class Speculator:
             drafted = min(len(committed), max(tree.depths()))
             self._controller.observe(tree.source, view.arrival, drafted, kept)
 
-    def _all_rest(self, views: Sequence[DraftView]) -> bool:
-        """Whether nobody may be asked for any of these."""
-        return (
-            bool(self._trials)
-            and not any(trial.on for trial in self._trials.values())
-            and all(view.speculate in ("auto", "off") for view in views)
-        )
-
     def _open(
         self, proposer: Proposer, views: Sequence[DraftView], grown: dict[int, DraftTree]
     ) -> list[DraftView]:
@@ -233,13 +241,15 @@ class Speculator:
         return [
             v
             for v in views
-            if v.speculate in names
+            if (v.speculate in names or (v.speculate == "auto" and self._is_late(v.arrival)))
             and (v.arrival not in grown or proposer.pass_s > 0.0)
             and (proposer.pass_s > 0.0 or self._is_due(v.arrival))
         ]
 
     def _is_due(self, arrival: int) -> bool:
         """Sequences for which nothing was worth verifying for a while are asked for less often."""
+        if self._is_late(arrival):
+            return True
         rests = self._rests.get(arrival, 0)
         return rests < REST_AFTER or (rests + arrival) % REST_STEPS == 0
 
