@@ -84,7 +84,6 @@ class PrefixTree:
         self._clock = 0
         self._queue: list[tuple[int, int, Node]] = []
         self._pushes = 0
-        self.num_pages = 0
 
     def match(self, tokens: Sequence[int], scope: str = "") -> Match:
         """Longest cached prefix of ``tokens``, marked as just used."""
@@ -123,7 +122,6 @@ class PrefixTree:
         if node is None:
             node = parent.children[key] = Node(key, page, parent)
             self._allocator.adopt(page)
-            self.num_pages += 1
             self._enqueue(node)
             if self._keeper is not None:
                 self._keeper.sealed(node)
@@ -182,7 +180,6 @@ class PrefixTree:
         if self._keeper is not None:
             self._keeper.evicted(node)
         del parent.children[node.key]
-        self.num_pages -= 1
         self._allocator.evict(node.page)
         if parent.children:
             return

@@ -49,17 +49,25 @@ class Permit:
         self._admission = admission
         self._tenant = tenant
         self._load: Load | None = load
+        self._coming = True
+
+    def hand_over(self) -> None:
+        """The engine has the requests: which of them wait is known from now on."""
+        if self._load is not None and self._coming:
+            self._admission.coming_tokens -= self._load.prompt_tokens
+            self._coming = False
 
     def resize(self, load: Load, *, share: float = 1.0) -> None:
         """Replace the estimate by the exact load; may be refused, the place is then lost."""
         self.release(finished=False)
         self._admission.check(self._tenant, load, share=share)
-        self._load = load
+        self._load, self._coming = load, True
         self._admission.take(self._tenant, load)
 
     def release(self, *, finished: bool = True) -> None:
         """Leave."""
         if self._load is not None:
+            self.hand_over()
             self._admission.give_back(self._tenant, self._load, finished=finished)
             self._load = None
 
@@ -77,6 +85,8 @@ class Admission:
         self._config = config
         self._engine = engine
         self.promised = Load()
+        self.coming_tokens = 0
+        """Prompt tokens promised to calls the engine does not have yet."""
         self._tenants: Counter[str] = Counter()
         self._finish_times: deque[tuple[float, int]] = deque(maxlen=64)
         self._pressure = Pressure(config.overload_wait_s)
@@ -111,6 +121,7 @@ class Admission:
     def take(self, tenant: str, load: Load) -> None:
         """Count a load that was checked."""
         self.promised.add(load)
+        self.coming_tokens += load.prompt_tokens
         self._tenants[tenant] += load.sequences
 
     def give_back(self, tenant: str, load: Load, *, finished: bool) -> None:
@@ -124,8 +135,8 @@ class Admission:
 
     def waiting_tokens(self) -> int:
         """Prompt tokens promised that the engine has not begun to answer."""
-        started = sum(len(r.request.prompt) for r in self._engine.live.values() if r.started)
-        return max(0, self.promised.prompt_tokens - started)
+        live = self._engine.live.values()
+        return self.coming_tokens + sum(len(r.request.prompt) for r in live if not r.started)
 
     def max_waiting_tokens(self) -> int:
         """The bound on waiting prompt tokens, from the measured prefill rate."""

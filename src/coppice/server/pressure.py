@@ -76,7 +76,7 @@ class Pressure:
     ) -> float | None:
         """Since when somebody who still waits has been late."""
         due = [
-            each.submitted_s + self._borne_s(len(each.request.prompt), rate_tok_s)
+            each.given_s + self._borne_s(len(each.request.prompt), rate_tok_s)
             for each in live
             if not each.started and not each.parked
         ]

@@ -146,4 +146,6 @@ def _events(
     )  # fmt: skip
     chunks = reframe(body, frame, generation, text)
     generation.submit(recorded.outputs())
+    if call.permit is not None:
+        call.permit.hand_over()
     return EventLog(slots_of(accepted)), events_of(services, call, chunks)

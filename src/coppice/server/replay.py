@@ -52,6 +52,7 @@ class LiveRequest:
 
     Attributes:
         open: by index, the choices that have not ended.
+        given_s: when the engine that runs now was given it, at first when it came.
         given: the engine that runs now has it.
         started: that engine has answered something.
         parked: for a reader that does not keep up.
@@ -62,6 +63,7 @@ class LiveRequest:
     queue: asyncio.Queue[Output]
     open: dict[int, OpenChoice] = field(default_factory=dict)
     submitted_s: float = field(default_factory=time.monotonic)
+    given_s: float = field(default_factory=time.monotonic)
     given: bool = False
     started: bool = False
     parked: bool = False
@@ -152,7 +154,7 @@ class Replay:
 
     def give(self, live: LiveRequest) -> None:
         """Hand a request to the engine."""
-        live.given = True
+        live.given, live.given_s = True, time.monotonic()
         self._tell(live.message())
         if live.parked:
             self._tell(Park(live.request.id, True))

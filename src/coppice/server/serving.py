@@ -143,6 +143,7 @@ async def admit(
         heard=services.streams.hearer(call.id) if call.resumable else None,
     )
     generation.submit()
+    call.permit.hand_over()
     call.generation = generation
     if call.cancelled is not None:
         generation.cancel(call.cancelled)

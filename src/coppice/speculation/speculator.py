@@ -71,7 +71,6 @@ class Speculator:
         """``drafted`` and ``accepted`` tokens, ``faults``; ``drafted_X`` by proposer."""
         self.accepted_at: list[int] = []
         """Trees whose path was kept at least to this depth, by depth."""
-        self.draft_s = 0.0
         self._shown: dict[int, _Shown] = {}
         self._rests: dict[int, int] = {}
         self._trials = {p.name: Trial() for p in proposers} if on_trial else {}
@@ -113,7 +112,7 @@ class Speculator:
         self._needs, self._skipped = needs, False
         for trial in self._trials.values():
             trial.rest()
-        began = at = time.perf_counter()
+        at = time.perf_counter()
         self._sequences = len(views)
         for view in views:
             self._learn(view)
@@ -141,7 +140,6 @@ class Speculator:
             if arrival in grown and grown[arrival].logf:
                 self._shown[arrival] = _Shown(len(view.tokens), grown[arrival], arrival in trees)
         now = time.perf_counter()
-        self.draft_s += now - began
         for account in self._accounts.values():
             account.seconds += (now - at) / len(self._accounts)
         return trees

@@ -24,7 +24,7 @@ class Queue:
     def arrive(self, prompt: int = 100) -> LiveRequest:
         sampling = SamplingParams(max_tokens=5, seed=1)
         request = Request(id=f"{len(self.live)}", prompt=[1] * prompt, sampling=sampling)
-        made = LiveRequest(request, asyncio.Queue(), submitted_s=self.now)
+        made = LiveRequest(request, asyncio.Queue(), given_s=self.now)
         self.live.append(made)
         return made
 
@@ -139,3 +139,15 @@ def test_who_is_parked_for_a_slow_reader_is_not_late() -> None:
     queue.arrive().parked = True
     queue.now += 60.0
     assert not queue.refuses(more=1)
+
+
+def test_who_moves_to_another_engine_is_not_late_for_the_time_before() -> None:
+    queue = Queue()
+    moved = [queue.arrive() for _ in range(20)]
+    for live in moved:
+        live.started = True
+    queue.now += 60.0
+    for live in moved:  # as `Replay` does when an engine has gone and another has come
+        live.started, live.given_s = False, queue.now
+    queue.now += 0.2
+    assert not queue.refuses()
