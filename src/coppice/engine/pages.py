@@ -12,8 +12,8 @@ from coppice.cache.tiers import Tiers
 from coppice.engine.sequence import Sequence
 
 Attached = Literal["held", "coming", "full"]
-FLUSH_S = 3.0
-"""How long a clean stop may write pages to disk."""
+FLUSH_S = 0.8
+"""How long a stop may write pages to disk: an engine whose front end died is gone within 1 s."""
 
 
 class SequencePages:
