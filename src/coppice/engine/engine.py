@@ -40,7 +40,7 @@ from coppice.engine.metering import Meter
 from coppice.engine.request import Grammar, Request
 from coppice.engine.sampler import SamplerState
 from coppice.engine.sequence import Sequence
-from coppice.engine.speculate import load_draft, make_speculator
+from coppice.engine.speculate import load_draft, make_speculator, trees_for
 from coppice.engine.step import StepRunner, Walk
 from coppice.engine.tiering import make_pages, tier_stats
 from coppice.errors import ContextOverflowError, RequestError
@@ -54,7 +54,6 @@ from coppice.scheduling import (
     Snapshot,
     StepPlanner,
     make_policy,
-    tokens_needed,
 )
 from coppice.speculation import DraftTree, Speculator
 
@@ -409,26 +408,10 @@ class Engine:
         """Trees for the sequences that decode, within the rows the plan left."""
         if self._speculator is None:
             return {}
-        wishes = any(s.tpot_s is not None for s in self._running)
-        if not wishes and self._speculator.skips(self._running):
-            return {}
-        rows = sum(grant.num_rows for grant in grants)
-        decoding = [
-            g.sequence
-            for g in grants
-            if g.num_rows == 1 and g.sequence.num_tokens - g.sequence.num_computed == 1
-        ]
-        views = [
-            s
-            for s in decoding
-            if isinstance(s, Sequence) and s.num_generated and s.speculate != "off"
-        ]
-        needs = {}
-        if wishes:
-            now, step_s = self.clock(), self.cost.time(rows)
-            needs = {s.arrival: tokens_needed(s, now, step_s) for s in views}
-        spare = self.cost.rows_within(MAX_STEP_S, self.config.max_rows) - rows
-        return self._speculator.grow(views, rows=rows, spare=max(0, spare), needs=needs)
+        most = self.cost.rows_within(MAX_STEP_S, self.config.max_rows)
+        return trees_for(
+            self._speculator, self._running, grants, self.cost, now=self.clock(), most_rows=most
+        )
 
     def _finish_walks(self, walks: list[Walk], outputs: list[Output]) -> None:
         """Report what sequences that go on were given, and learn from their trees."""

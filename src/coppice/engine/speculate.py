@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from coppice.cost import StepCost
 from coppice.engine.config import EngineConfig
 from coppice.engine.loading import EngineModel, tokenizer_of
+from coppice.engine.sequence import Sequence
 from coppice.errors import ConfigError
 from coppice.models.load import LoadedModel, load_model
 from coppice.models.locate import BUNDLED, BUNDLED_DRAFT
+from coppice.scheduling import Grant, tokens_needed
 from coppice.speculation import (
     Controller,
     DraftModel,
+    DraftTree,
     History,
     PromptLookup,
     Proposer,
@@ -129,3 +132,39 @@ def _shape_for(rule: Rule) -> Callable[[int, int], Shape]:
         return BestShapes(ranks, num_nodes + 1, levels + 1).shape(num_nodes + 1, levels + 1)
 
     return shape
+
+
+def trees_for(
+    speculator: Speculator,
+    running: Iterable[Sequence],
+    grants: Iterable[Grant],
+    cost: StepCost,
+    *,
+    now: float,
+    most_rows: int,
+) -> dict[int, DraftTree]:
+    """Trees for the sequences that are granted their last token.
+
+    Args:
+        speculator: grows them.
+        running: every sequence in the batch.
+        grants: rows of this step.
+        cost: what steps take.
+        now: seconds.
+        most_rows: of the step, trees included.
+    """
+    wishes = any(s.tpot_s is not None for s in running)
+    if not wishes and speculator.skips(running):
+        return {}
+    rows, views = 0, list[Sequence]()
+    for grant in grants:
+        rows += grant.num_rows
+        s = grant.sequence
+        decodes = grant.num_rows == 1 and s.num_tokens - s.num_computed == 1
+        if decodes and isinstance(s, Sequence) and s.num_generated and s.speculate != "off":
+            views.append(s)
+    needs = {}
+    if wishes:
+        step_s = cost.time(rows)
+        needs = {s.arrival: tokens_needed(s, now, step_s) for s in views}
+    return speculator.grow(views, rows=rows, spare=max(0, most_rows - rows), needs=needs)

@@ -9,7 +9,7 @@ from math import inf
 import pytest
 
 from coppice.speculation import ROOT, Controller, DraftTree
-from coppice.speculation.select import best_first, needed_depth, select
+from coppice.speculation.select import LEAST_CHANCE, best_first, needed_depth, select
 
 
 def brute_force(offers: list[list[float]], needs: list[float], budget: int) -> float | None:
@@ -27,7 +27,7 @@ def test_select_equals_brute_force_and_fails_only_where_it_must() -> None:
     met = 0
     for _ in range(1000):
         offers = [
-            sorted((rng.random() for _ in range(rng.randint(0, 6))), reverse=True)
+            sorted((rng.uniform(LEAST_CHANCE, 1.0) for _ in range(rng.randint(0, 6))), reverse=True)
             for _ in range(rng.randint(1, 3))
         ]
         needs = [rng.choice((-inf, 0.5, 1.0, 1.7, 2.5)) for _ in offers]
@@ -94,4 +94,4 @@ def test_who_is_late_speculates_where_it_does_not_pay_and_no_further() -> None:
         depths = controller.depths("x", [7, 8], rows=2, spare=20, pass_s=0.1, needs={7: need})
         assert depths == [length, 0]
     late = controller.select(trees, sequences=2, rows=2, spare=20, needs={7: 9.0})
-    assert {a: len(t) for a, t in late.items()} == {7: 4}, "as much as it can get"
+    assert len(late[7]) == 4, "as much as it can get"
