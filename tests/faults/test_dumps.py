@@ -6,7 +6,6 @@ import asyncio
 import json
 import signal
 import stat
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,7 @@ def test_an_engine_that_stands_still_says_where_before_it_is_ended(
     with ServerProcess(fake_model, fake={"step_s": 0.002}, server=settings) as server:
         expected = text_of(server)
         assert text_of(server, seed=STALL) == expected
-        log = "".join(server.log)
-        assert "has said nothing for 2 s" in log
-        assert "in stand_still_in_a_step" in log
+        assert "has said nothing for 2 s" in server.wait_log("in stand_still_in_a_step")
         assert server.info()["engine_restarts"] == 1
     ((head, request),) = read(tmp_path / "dumps")
     assert head["message"] == "The engine stood still and was ended." and head["own_doing"]
@@ -79,7 +76,7 @@ def test_a_death_leaves_a_dump_that_names_requests_and_holds_no_text(
         ThreadPoolExecutor(2) as pool,
     ):
         asked = [pool.submit(text_of, server, **body) for _ in range(2)]
-        time.sleep(0.8)
+        server.wait_running(2, tokens=4)
         kill_engine(server)
         for one in asked:
             one.result()
@@ -152,8 +149,5 @@ def test_a_real_engine_writes_its_stacks_and_goes_on() -> None:
     with ServerProcess("bundled", start_timeout_s=90) as server:
         kill_engine(server, signal.SIGUSR1)
         assert len(text_of(server, max_tokens=4)) > 0
-        deadline = time.monotonic() + 5
-        while "in _take_messages" not in "".join(server.log):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        server.wait_log("in _take_messages")
         assert server.info()["engine_restarts"] == 0

@@ -10,19 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.kits.injector import engines
+from tests.kits.injector import kill_engine
 from tests.kits.load import BODIES, Crowd, ask
 from tests.kits.server import ServerProcess
 
 ENGINE: dict[str, Any] = {"kv_cache_mib": 64, "speculate": "auto", "prefix_cache": True}
-
-
-def kill_engine(server: ServerProcess) -> set[int]:
-    """SIGKILL, whether it has loaded its model already or not; whom it hit."""
-    children = engines(server)
-    for child in children:
-        child.kill()
-    return {child.pid for child in children}
 
 
 def wait_ready(server: ServerProcess, timeout_s: float = 60.0) -> float:
@@ -58,9 +50,8 @@ def test_killed_at_random_moments_every_request_gets_its_tokens(kills: int) -> N
                     continue
                 wait_ready(server)
                 time.sleep(rng.uniform(0.0, 0.8))
-                killed |= kill_engine(server)
                 began = time.monotonic()
-                time.sleep(0.1)
+                killed |= kill_engine(server)
                 wait_ready(server)
                 starts.append(server.info()["engine_start_s"])
                 waits.append(time.monotonic() - began - starts[-1])

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.kits.load import BODIES, Answer, Crew, ask
+from tests.kits.memory import lives
 from tests.kits.resuming import read_through
 from tests.kits.server import ServerProcess
 
@@ -63,18 +64,10 @@ def kill_http(server: ServerProcess) -> float:
     server.process.kill()
     server.process.wait()
     began = time.monotonic()
-    while any(map(_lives, children)):
+    while any(map(lives, children)):
         assert time.monotonic() - began < 10
         time.sleep(0.01)
     return time.monotonic() - began
-
-
-def _lives(process: psutil.Process) -> bool:
-    """Whether it has memory yet; who reaps it, and when, is not our affair."""
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def free_port() -> int:

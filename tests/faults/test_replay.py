@@ -28,7 +28,11 @@ def text_of(server: ServerProcess, **fields: Any) -> str:
 
 
 def kill_engine(server: ServerProcess, number: int = signal.SIGKILL) -> None:
-    os.kill(server.info()["engine_pid"], number)
+    """Send a signal; of a deadly one, return when the server has noticed the death."""
+    pid = server.info()["engine_pid"]
+    os.kill(pid, number)
+    if number in (signal.SIGKILL, signal.SIGABRT):
+        server.wait_until(lambda info: info["engine_pid"] != pid)
 
 
 def wait_ready(server: ServerProcess, timeout_s: float = 20.0) -> float:
@@ -41,14 +45,13 @@ def wait_ready(server: ServerProcess, timeout_s: float = 20.0) -> float:
 
 
 def test_a_killed_engine_is_a_pause_for_its_requests(fake_model: Path) -> None:
-    with ServerProcess(fake_model, fake={"step_s": 0.005, "load_s": 0.5}) as server:
+    with ServerProcess(fake_model, fake={"step_s": 0.005, "load_s": 1.0}) as server:
         expected = text_of(server)
         with ThreadPoolExecutor(6) as pool:
             running = [pool.submit(text_of, server, n=n, stream=False) for n in (1, 1, 1, 2, 3, 1)]
-            time.sleep(0.4)
+            server.wait_running(1 + 1 + 1 + 2 + 3 + 1)
             kill_engine(server)
             with server.http() as http:
-                time.sleep(0.1)
                 ready = http.get("/health/ready")
                 assert (ready.status_code, ready.json()) == (503, {"status": "restarting"})
                 assert http.get("/health/live").status_code == 200
@@ -71,7 +74,7 @@ def test_a_request_the_engine_dies_of_is_poisoned_and_its_neighbours_go_on(
         expected = text_of(server)
         with ThreadPoolExecutor(3) as pool:
             neighbours = [pool.submit(text_of, server) for _ in range(3)]
-            time.sleep(0.2)
+            server.wait_running(3)
             with pytest.raises(openai.APIStatusError) as caught:
                 server.client(max_retries=2).completions.create(
                     model="fake",
@@ -99,8 +102,8 @@ def test_innocent_suspects_pass_and_go_on(fake_model: Path) -> None:
         with ThreadPoolExecutor(4) as pool:
             running = [pool.submit(text_of, server) for _ in range(4)]
             for _ in range(3):
-                time.sleep(0.3)
                 wait_ready(server)
+                server.wait_running(4, tokens=10)
                 kill_engine(server, signal.SIGABRT)
             assert [run.result() for run in running] == [expected] * 4
         assert "".join(server.log).count("runs alone") >= 4
@@ -112,9 +115,8 @@ def test_cancels_and_deadlines_act_while_the_engine_is_away(fake_model: Path) ->
         with ThreadPoolExecutor(3) as pool, server.http(headers_more={"X-Request-Id": "c"}) as http:
             leaves = pool.submit(http.post, "/v1/completions", json=BODY | {"max_tokens": 1900})
             expires = pool.submit(text_of, server, max_tokens=1900, deadline_s=1.5)
-            time.sleep(0.4)
+            server.wait_running(2, tokens=2)
             kill_engine(server)
-            time.sleep(0.1)
             assert http.post("/v1/requests/c/cancel").json()["cancelled"] == 1
             assert leaves.result().json()["choices"][0]["stop_reason"] == "cancelled"
             text = expires.result()
@@ -129,7 +131,7 @@ def test_a_stopped_engine_is_not_ready_and_loses_nothing(fake_model: Path) -> No
         expected = text_of(server)
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(text_of, server)
-            time.sleep(0.2)
+            server.wait_running(1)
             kill_engine(server, signal.SIGSTOP)
             deadline = time.monotonic() + 9
             while http.get("/health/ready").json() != {"status": "stalled"}:
@@ -148,7 +150,7 @@ def test_an_engine_that_hangs_is_ended_and_its_requests_go_on(fake_model: Path) 
         expected = text_of(server)
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(text_of, server)
-            time.sleep(0.2)
+            server.wait_running(1)
             kill_engine(server, signal.SIGSTOP)
             assert running.result() == expected
         assert server.wait_idle()["engine_restarts"] == 1
@@ -160,7 +162,7 @@ def test_an_engine_that_comes_back_with_other_weights_continues_nothing(fake_mod
             running = pool.submit(
                 lambda: httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=30)
             )
-            time.sleep(0.2)
+            server.wait_running(1, tokens=1)
             kill_engine(server)
             reply = running.result()
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_dead")
@@ -179,7 +181,7 @@ def test_streams_get_every_token_once_and_pings_in_the_pause(fake_model: Path) -
 
         reader = threading.Thread(target=read)
         reader.start()
-        time.sleep(0.5)
+        server.wait_running(1, tokens=10)
         kill_engine(server)
         reader.join()
         assert lines[-1] == "data: [DONE]" and lines.count(": ping") >= 3

@@ -53,6 +53,20 @@ def engines(server: ServerProcess) -> list[psutil.Process]:
     return found
 
 
+def kill_engine(server: ServerProcess) -> set[int]:
+    """SIGKILL, whether it has loaded its model already or not; whom it hit.
+
+    Returns when the server has noticed: what it says of its state is no longer of before.
+    """
+    hit = set()
+    for child in engines(server):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+            hit.add(child.pid)
+    server.wait_until(lambda info: info["engine_pid"] not in hit)
+    return hit
+
+
 class Injector:
     """Harms the engine process of a server."""
 
@@ -61,13 +75,12 @@ class Injector:
         self._rng = rng
 
     def kill(self) -> None:
-        """SIGKILL, whether it has loaded its model already or not."""
-        for child in engines(self._server):
-            child.kill()
+        """See `kill_engine`."""
+        kill_engine(self._server)
 
     def stand_still(self, seconds: float) -> None:
-        """SIGSTOP for so long, then SIGCONT."""
-        pid = self._server.info()["engine_pid"]
+        """SIGSTOP for so long, then SIGCONT; if none runs, the next one."""
+        pid = self._server.wait_until(lambda info: info["engine_pid"] is not None)["engine_pid"]
         os.kill(pid, signal.SIGSTOP)
         try:
             time.sleep(seconds)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 INTERVAL_S = 0.1
 SUMMED = ("Rss", "Pss", "Anonymous")
+VANISHED = (FileNotFoundError, ProcessLookupError)
+"""What reading /proc says of a process that has ended meanwhile."""
 
 
 def memory_mib(pid: int) -> dict[str, float]:
@@ -17,22 +23,57 @@ def memory_mib(pid: int) -> dict[str, float]:
     return {name: kib[name] / 1024 for name in SUMMED}
 
 
+def memory_of(pids: Iterable[int]) -> list[dict[str, float]]:
+    """The same of each that has not ended meanwhile."""
+    found = []
+    for pid in pids:
+        with suppress(*VANISHED):
+            found.append(memory_mib(pid))
+    return found
+
+
 def family(pid: int) -> list[int]:
-    """A process and its children, and theirs."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(each for child in children for each in family(int(child)))]
+    """A process and its children, and theirs, as far as they have not ended meanwhile.
+
+    A child that runs its parent's command yet shares all its memory, too (vfork): it does
+    not count before it has become another program.
+    """
+    with suppress(*VANISHED):
+        children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        command = command_of(pid)
+        others = [child for child in children if command_of(child) not in (command, b"")]
+        return [pid, *(each for child in others for each in family(child))]
+    return []
+
+
+def command_of(pid: int) -> bytes:
+    """Its command line, NULs between; empty once it has ended."""
+    with suppress(*VANISHED):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it has memory yet; who reaps it, and when, is not our affair."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Watch:
-    """Samples the memory of some processes while it is entered.
+    """Samples the memory of a process and its family while it is entered.
+
+    Args:
+        root: the process; those below it are looked up for every sample.
 
     Attributes:
         peak: the largest sum of each figure over all processes, MiB.
         of_peak: the ``Rss`` of each process when their sum was largest, MiB.
     """
 
-    def __init__(self, pids: list[int]) -> None:
-        self._pids = pids
+    def __init__(self, root: int) -> None:
+        self._root = root
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.peak = dict.fromkeys(SUMMED, 0.0)
@@ -56,7 +97,7 @@ class Watch:
             self._sample()
 
     def _sample(self) -> None:
-        each = [memory_mib(pid) for pid in self._pids]
+        each = memory_of(family(self._root))
         for name in SUMMED:
             total = sum(one[name] for one in each)
             if total > self.peak[name]:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from tests.kits.fake_model import EOS, VOCAB_SIZE
 ROOT = Path(__file__).resolve().parents[2]
 _NO_TLS = ssl.create_default_context()  # made once: it costs more than a request
 READY = re.compile(r" at (http://\S+) ")
+DRAINED_S = 5.0
+"""For what a process that has ended wrote; longer only where another holds its pipes."""
 
 
 class ServerProcess:
@@ -71,8 +74,11 @@ class ServerProcess:
         self.log: list[str] = []
         self.key = settings.get("api_key")
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read_out, daemon=True).start()
-        threading.Thread(target=self._read_log, daemon=True).start()
+        self._readers = [
+            threading.Thread(target=read, daemon=True) for read in (self._read_out, self._read_log)
+        ]
+        for reader in self._readers:
+            reader.start()
         self._start_timeout_s = start_timeout_s
         self.url = ""
 
@@ -111,7 +117,14 @@ class ServerProcess:
                 self.process.wait(timeout_s)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        return self.process.wait()
+        return self.exited(None)
+
+    def exited(self, timeout_s: float | None) -> int:
+        """Wait for its end; ``out`` and ``log`` are whole then. Returns the exit code."""
+        code = self.process.wait(timeout_s)
+        for reader in self._readers:
+            reader.join(DRAINED_S)
+        return code
 
     def client(self, **kwargs: Any) -> openai.OpenAI:
         """The official client, without retries."""
@@ -139,16 +152,45 @@ class ServerProcess:
 
     def wait_idle(self, timeout_s: float = 10.0) -> dict[str, Any]:
         """Wait until no call is in flight and the engine runs nothing; returns the info."""
+
+        def idle(info: dict[str, Any]) -> bool:
+            stats = info["engine"] or {"running": 0, "waiting": 0}
+            return not (info["outcomes"]["in_flight"] or stats["running"] or stats["waiting"])
+
+        return self.wait_until(idle, timeout_s)
+
+    def wait_running(self, count: int, *, tokens: int = 0, timeout_s: float = 20.0) -> None:
+        """Wait until the engine runs so many sequences, and then for so many tokens of each.
+
+        Of each: that is so with the fake engine, whose steps bring every sequence one.
+        """
+        info = self.wait_until(lambda i: i["engine"] and i["engine"]["running"] >= count, timeout_s)
+        wanted = info["engine"]["generated_tokens"] + tokens * info["engine"]["running"]
+        self.wait_until(lambda i: i["engine"]["generated_tokens"] >= wanted, timeout_s)
+
+    def wait_until(
+        self, what: Callable[[dict[str, Any]], object], timeout_s: float = 20.0
+    ) -> dict[str, Any]:
+        """Wait until something is true of the info; returns that.
+
+        Raises:
+            TimeoutError: it was not, in time.
+        """
         deadline = time.monotonic() + timeout_s
-        while True:
-            info = self.info()
-            stats = info["engine"]
-            busy = info["outcomes"]["in_flight"] or (stats and stats["running"] + stats["waiting"])
-            if not busy:
-                return info
+        while not what(info := self.info()):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"still busy: {info}")
-            time.sleep(0.05)
+                raise TimeoutError(f"not so after {timeout_s:g} s: {info}")
+            time.sleep(0.02)
+        return info
+
+    def wait_log(self, text: str, timeout_s: float = 5.0) -> str:
+        """Wait until a live server has logged this text; returns the log."""
+        deadline = time.monotonic() + timeout_s
+        while text not in (log := "".join(self.log)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{text!r} not logged in {timeout_s:g} s:\n{log[-3000:]}")
+            time.sleep(0.02)
+        return log
 
     def _read_out(self) -> None:
         assert self.process.stdout is not None

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.kits.fake_model import write_fake_model
-from tests.kits.memory import family, memory_mib
+from tests.kits.memory import command_of, family, lives, memory_of
 from tests.kits.server import ServerProcess
 
 BOMBS = {
@@ -38,10 +39,12 @@ CHAT = "/v1/chat/completions"
 
 
 def cell_pids(server: ServerProcess) -> list[int]:
-    def is_cell(pid: int) -> bool:
-        return b"coppice.engine.cell" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    pids = family(server.process.pid)
+    return [pid for pid in pids if b"coppice.engine.cell" in command_of(pid)]
 
-    return [pid for pid in family(server.process.pid) if is_cell(pid)]
+
+def cells_mib(server: ServerProcess) -> float:
+    return sum(cell["Rss"] for cell in memory_of(cell_pids(server)))
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +90,10 @@ class Neighbours(threading.Thread):
 def test_a_template_bomb_ends_in_400_and_neighbours_are_answered(
     server: ServerProcess, name: str
 ) -> None:
-    before = sum(memory_mib(pid)["Rss"] for pid in cell_pids(server))
+    before = cells_mib(server)
     with Neighbours(server) as neighbours:
         reply, took_s = ask(server, CHAT, {"messages": [{"role": "user", "content": name}]})
-        after = sum(memory_mib(pid)["Rss"] for pid in cell_pids(server))
+        after = cells_mib(server)
         time.sleep(0.05)
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["code"] == "template_error"
@@ -123,8 +126,9 @@ def test_grammars_without_end_are_refused_and_neighbours_are_answered(
 
 def test_a_renderer_that_hangs_costs_its_own_request_only(server: ServerProcess) -> None:
     """What no meter sees: the process stands still in foreign code."""
-    (pid, *_) = cell_pids(server)
     fine = {"messages": [{"role": "user", "content": "fine"}]}
+    ask(server, CHAT, fine)  # the one before may have been ended over a bomb
+    (pid, *_) = cell_pids(server)
     os.kill(pid, signal.SIGSTOP)
     with Neighbours(server) as neighbours:
         reply, took_s = ask(server, CHAT, {"messages": [{"role": "user", "content": "odd"}]})
@@ -154,11 +158,11 @@ def test_no_cell_outlives_its_server(tmp_path: Path) -> None:
         server.wait_ready()
         ask(server, CHAT, {"messages": [{"role": "user", "content": "x"}]})
         ask(server, "/v1/completions", {"prompt": "a", "regex": "a+"})
-        pids = cell_pids(server)
-        assert len(pids) == 2
+        cells = [psutil.Process(pid) for pid in cell_pids(server)]
+        assert len(cells) == 2
         server.process.send_signal(end)
         server.process.wait(10)
         deadline = time.monotonic() + 2
-        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        while any(map(lives, cells)):
             assert time.monotonic() < deadline
             time.sleep(0.02)

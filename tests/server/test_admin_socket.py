@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import stat
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -65,10 +64,7 @@ def test_the_owner_sees_cancels_and_dumps_without_a_key(server: ServerProcess, p
         ask(str(path), "POST", "/admin/requests/theirs/cancel")
     dumped = ask(str(path), "POST", "/admin/dump")
     assert any("admin.py" in line for line in dumped["stacks"]) and dumped["engine_stacks_in_log"]
-    deadline = time.monotonic() + 5
-    while "fake_engine.py" not in "".join(server.log):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    server.wait_log("fake_engine.py")
     assert ask(str(path), "GET", "/admin/state")["engine"]["restarts"] == 0
 
 
@@ -91,7 +87,7 @@ def test_the_engine_is_replaced_and_its_requests_go_on(server: ServerProcess, pa
     expected, before = text(), ask(str(path), "GET", "/admin/state")["engine"]["pid"]
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(text)
-        time.sleep(0.3)
+        server.wait_running(1)
         told = CliRunner().invoke(
             app, ["admin", "replace", "--notice-s", "20", "--admin-socket", str(path)]
         )
@@ -106,7 +102,7 @@ def test_drain_over_the_socket_is_a_first_sigterm(server: ServerProcess, path: P
     http, reply = begin(server, "last")
     with closing(http):
         assert ask(str(path), "POST", "/admin/drain") == {"state": "draining"}
-        time.sleep(0.1)
+        server.wait_log("draining: ")
         assert ask(str(path), "GET", "/admin/state")["state"] == "draining"
         with server.http() as more:
             assert more.post("/v1/completions", json=LONG).status_code == 503
@@ -122,8 +118,7 @@ def test_a_socket_left_behind_is_replaced_and_a_live_one_is_not(
     first = ServerProcess(fake_model, fake={}, server={"admin_socket": str(path)})
     first.wait_ready()
     second = ServerProcess(fake_model, fake={}, server={"admin_socket": str(path)})
-    assert second.process.wait(30) == 2
-    time.sleep(0.1)
+    assert second.exited(30) == 2
     assert "another server listens there" in "".join(second.log)
     assert ask(str(path), "GET", "/admin/state")["state"] == "ok"
     first.process.send_signal(signal.SIGKILL)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
+from tests.kits.memory import lives
 from tests.kits.server import ServerProcess
 
 LONG: dict[str, Any] = {"prompt": "abc", "max_tokens": 2000, "ignore_eos": True}
@@ -42,25 +44,24 @@ def test_http_process_never_loads_torch(fake_model: Path) -> None:
     with ServerProcess(fake_model, fake={}) as server:
         server.client().completions.create(model="fake", prompt="a")
         assert server.stop() == 0
-        time.sleep(0.1)
     assert "no torch\n" in server.out
 
 
 def test_drain_refuses_new_work_and_finishes_the_old(fake_model: Path) -> None:
-    settings = {"drain_announce_s": 0.7, "drain_s": 20.0}
-    with ServerProcess(fake_model, fake={"step_s": 0.003}, server=settings) as server:
+    settings = {"drain_announce_s": 3.0, "drain_s": 20.0}
+    with ServerProcess(fake_model, fake={"step_s": 0.01}, server=settings) as server:
         body = {"prompt": "abc", "max_tokens": 600, "ignore_eos": True}
         with server.http() as http:
             running, result = in_thread(lambda: stream_lines(server.url, body))
-            time.sleep(0.3)
+            server.wait_running(1)
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
+            server.wait_log("stopping: ")
             ready = http.get("/health/ready")
             assert (ready.status_code, ready.json()) == (503, {"status": "draining"})
             assert http.get("/health/live").status_code == 200
             accepted = http.post("/v1/completions", json={"prompt": "a"})  # still announced
             assert accepted.status_code == 200
-            time.sleep(0.8)
+            server.wait_log("draining: ", 20.0)
             refused = http.post("/v1/completions", json={"prompt": "a"})
             assert refused.status_code == 503
             assert refused.headers["connection"] == "close"
@@ -69,13 +70,13 @@ def test_drain_refuses_new_work_and_finishes_the_old(fake_model: Path) -> None:
         running.join()
         assert result[0][-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in result[0][-2]
-        assert server.process.wait(10) == 0
+        assert server.exited(10) == 0
 
 
 def test_drain_ends_what_remains_with_an_error_event(fake_model: Path) -> None:
     with ServerProcess(fake_model, fake={"step_s": 0.02}, server={"drain_s": 0.3}) as server:
         running, result = in_thread(lambda: stream_lines(server.url, LONG))
-        time.sleep(0.3)
+        server.wait_running(1)
         assert server.stop() == 0
         running.join()
         assert result[0][-3] == "event: error"
@@ -85,9 +86,9 @@ def test_drain_ends_what_remains_with_an_error_event(fake_model: Path) -> None:
 def test_second_sigterm_stops_now(fake_model: Path) -> None:
     with ServerProcess(fake_model, fake={"step_s": 0.02}, server={"drain_s": 60.0}) as server:
         running, _ = in_thread(lambda: stream_lines(server.url, LONG))
-        time.sleep(0.3)
+        server.wait_running(1)
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
+        server.wait_log("draining: ")
         started = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(5) == 0
@@ -97,34 +98,21 @@ def test_second_sigterm_stops_now(fake_model: Path) -> None:
 
 def test_engine_that_cannot_load_ends_the_server_with_its_reason(fake_model: Path) -> None:
     server = ServerProcess(fake_model, fake={"fatal": "The checkpoint has no weights."})
-    assert server.process.wait(30) != 0
-    time.sleep(0.1)
+    assert server.exited(30) != 0
     assert "The checkpoint has no weights. [checkpoint_error]" in "".join(server.log)
     assert "Traceback" not in "".join(server.log)
 
 
 def test_engine_ends_when_the_http_process_is_killed(fake_model: Path) -> None:
     with ServerProcess(fake_model, fake={}) as server:
-        children = _children(server.process.pid)
+        children = psutil.Process(server.process.pid).children()
         assert children
         server.process.kill()
         server.process.wait()
         deadline = time.monotonic() + 5
-        while any(Path(f"/proc/{pid}").exists() and not _zombie(pid) for pid in children):
+        while any(map(lives, children)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-
-
-def _children(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in text.split()]
-
-
-def _zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 def test_places_are_bounded_and_refusals_say_when_to_come_back(fake_model: Path) -> None:
@@ -147,13 +135,15 @@ def test_waiting_prompt_tokens_are_bounded(fake_model: Path) -> None:
     # The scripted engine never answers seed 668, so its prompts wait for ever.
     settings = {"max_waiting_s": 1.0}  # 1,000 tokens at the assumed rate
     with ServerProcess(fake_model, fake={}, server=settings) as server, server.http() as http:
-        body = {"prompt": "x" * 900, "max_tokens": 1, "seed": 668, "deadline_s": 1}
-        held, _ = in_thread(lambda: http.post("/v1/completions", json=body))
-        time.sleep(0.3)
+        body = {"prompt": "x" * 900, "max_tokens": 1, "seed": 668, "deadline_s": 30}
+        headers = {"X-Request-Id": "held"}
+        held, _ = in_thread(lambda: http.post("/v1/completions", json=body, headers=headers))
+        server.wait_until(lambda info: info["promised"]["prompt_tokens"] == 900)
         refused = http.post("/v1/completions", json={"prompt": "y" * 900, "max_tokens": 1})
         assert refused.json()["error"]["code"] == "queue_full"
         small = http.post("/v1/completions", json={"prompt": "y" * 30, "max_tokens": 1})
         assert small.status_code == 200
+        assert http.post("/v1/requests/held/cancel").json()["cancelled"] == 1
         held.join()
 
 
@@ -322,21 +312,23 @@ def test_metrics_add_up_and_have_vllm_names_on_request(fake_model: Path) -> None
 
 
 def test_refusal_costs_under_a_millisecond_of_cpu(fake_model: Path) -> None:
-    import psutil
-
     settings = {"max_in_flight": 1}
     with ServerProcess(fake_model, fake={"step_s": 0.05}, server=settings) as server:
         held, _ = in_thread(lambda: stream_lines(server.url, LONG | {"deadline_s": 30}))
-        time.sleep(0.3)
+        server.wait_running(1)
         process = psutil.Process(server.process.pid)
         with server.http() as http:
             http.post("/v1/completions", json={"prompt": "a"})
-            before = sum(process.cpu_times()[:2])
-            for _ in range(80):
-                assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 503
-            spent = sum(process.cpu_times()[:2]) - before
+            spent = []
+            for _ in range(4):
+                before = sum(process.cpu_times()[:2])
+                for _ in range(80):
+                    assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+                spent.append((sum(process.cpu_times()[:2]) - before) / 80)
         server.process.send_signal(signal.SIGTERM)
+        server.wait_log("draining: ")
         server.process.send_signal(signal.SIGTERM)
         held.join()
-    # Of the whole exchange (parsing, middleware, reply), with room for a busy machine.
-    assert spent / 80 < 0.004, spent / 80
+    # Of the whole exchange (parsing, middleware, reply), with room for a busy machine; the
+    # least of several, as the stream that is held takes some of it, and others the caches.
+    assert min(spent) < 0.004, spent

@@ -137,7 +137,7 @@ def test_resident_memory_is_weights_pages_and_350_mib_under_any_load(server: Ser
     load = [(path, json.dumps(fields).encode()) for path, fields in map(mixed, range(48))]
     load += some_hostile(rng, 100)
     rng.shuffle(load)
-    with Watch(pids) as watch:
+    with Watch(server.process.pid) as watch:
         statuses = send_all(server, load, CLIENTS)
     assert statuses[200] >= 32 and statuses[400] >= 50, statuses
     limit = server.info()["model"]["weight_bytes"] / 2**20 + KV_MIB + BESIDES_MIB

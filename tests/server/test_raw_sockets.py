@@ -17,7 +17,8 @@ from tests.kits.injector import seeded
 from tests.kits.server import ServerProcess
 from tests.kits.wire import Wire, request_bytes
 
-PATH = "/v1/completions"
+PATH, CHAT = "/v1/completions", "/v1/chat/completions"
+SAY = [{"role": "user", "content": "abc"}]
 LONGEST_S = 10.0
 TIMES = {"header_timeout_s": 1.0, "body_timeout_s": 2.0, "slow_reader_s": 2.0}
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
@@ -31,6 +32,8 @@ HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) * 2
 @pytest.fixture(scope="module")
 def server(fake_model: Path) -> Iterator[ServerProcess]:
     with ServerProcess(fake_model, fake={"step_s": 0.001}, server=TIMES) as made:
+        with made.http() as http:  # the cell for templates may start only now
+            http.post(CHAT, json={"messages": SAY}).raise_for_status()
         yield made
         assert made.stop() == 0, "".join(made.log)
     assert "Traceback" not in "".join(made.log)

@@ -174,13 +174,12 @@ def test_a_reader_that_stands_still_parks_its_request_and_loses_nothing(
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.settimeout(60)
         client.connect(("127.0.0.1", bundled.port))
+        before = bundled.wait_idle()["engine"]["generated_tokens"]
         client.sendall(head + data)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:  # it runs at first, then stands still
-            time.sleep(0.25)
-            engine = bundled.info()["engine"]
-            if engine["generated_tokens"] and not engine["running"] and not engine["waiting"]:
-                break
+        bundled.wait_until(lambda info: info["engine"]["generated_tokens"] > before, 60)
+        bundled.wait_until(
+            lambda info: not (info["engine"]["running"] or info["engine"]["waiting"]), 60
+        )
         held = bundled.info()
         assert held["outcomes"]["in_flight"] == 1, "it ended before it could be parked"
         assert held["engine"]["pages_used"] == 0

@@ -9,6 +9,7 @@ import pytest
 from coppice.cli.bench_speculation import advise, compare, read_prompts
 from coppice.engine.config import EngineConfig
 from coppice.errors import ConfigError
+from tests.kits.costs import rows_cost_nothing
 from tests.kits.models import SMALL
 
 
@@ -33,7 +34,10 @@ def test_what_does_not_pay_is_left_off() -> None:
     assert advise({"off": 1.0, "suffix": 2.0, "auto": 1.9}) == "suffix"
 
 
-def test_all_ways_answer_alike_and_suffixes_take_fewer_steps_on_repeats() -> None:
+def test_all_ways_answer_alike_and_suffixes_take_fewer_steps_on_repeats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows_cost_nothing(monkeypatch)
     config = EngineConfig(model=SMALL, kv_cache_mib=8)
     found = compare(config, ["the same words"] * 3, answer_tokens=24, temperature=0.0)
     assert set(found) == {"off", "lookup", "suffix", "auto"}

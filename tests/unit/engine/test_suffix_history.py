@@ -6,23 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from coppice.cost import StepCost
 from coppice.engine.config import EngineConfig
 from coppice.engine.engine import Engine
 from coppice.engine.loading import EngineModel, load_engine_model
 from coppice.engine.request import Request, SamplingParams
 from coppice.errors import RequestError
-from coppice.speculation import Controller
+from tests.kits.costs import rows_cost_nothing
 from tests.kits.models import SMALL
 
 CONFIG = EngineConfig(model=SMALL, kv_cache_mib=8, speculate="suffix")
 
 
 @pytest.fixture(autouse=True)
-def rows_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is guessed here must not depend on how busy the machine is."""
-    monkeypatch.setattr(StepCost, "time", lambda self, rows: 1.0)
-    monkeypatch.setattr(Controller, "step_took", lambda *args: None)
+    rows_cost_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
