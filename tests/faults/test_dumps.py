@@ -21,6 +21,7 @@ from coppice.server.dumps import Dumps
 from coppice.server.replay import LiveRequest
 from tests.faults.test_replay import kill_engine, text_of
 from tests.kits.fake_engine import DIE_AT_TEN, STALL
+from tests.kits.models import SMALL
 from tests.kits.server import ServerProcess
 
 SECRET = "unmistakable prompt text"
@@ -94,6 +95,15 @@ def test_a_death_leaves_a_dump_that_names_requests_and_holds_no_text(
         assert line["sampling"]["numbers"]["temperature"] == 0.5
         assert line["sampling"]["stop"] == 1 and line["sampling"]["grammar"] == "regex"
         assert "text" not in line
+
+
+def test_an_engine_that_others_end_blames_nobody(tmp_path: Path) -> None:
+    settings = {"dump_dir": str(tmp_path / "dumps")}
+    with ServerProcess(SMALL, server=settings) as server:  # a real one: it ends as it is told
+        kill_engine(server, signal.SIGTERM)
+        server.wait_until(lambda info: info["engine_restarts"] == 1)
+    ((head,),) = read(tmp_path / "dumps")
+    assert "SIGTERM" in head["message"] and not head["own_doing"]
 
 
 def test_a_poisoned_request_is_named_in_the_dump_with_its_text_only_if_asked_for(

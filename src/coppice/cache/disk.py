@@ -57,7 +57,8 @@ class DiskTier:
         self._queue: OrderedDict[bytes, tuple[PageKey, PageBytes]] = OrderedDict()
         self._asked: OrderedDict[bytes, PageKey] = OrderedDict()
         self._staged: OrderedDict[bytes, tuple[PageKey, PageBytes]] = OrderedDict()
-        self._last_read_s = 0.0
+        self._moved_s = 0.0
+        """When a page was read, taken, or asked for with nothing else to read."""
         self._closing = False
         self.why_off = ""
         """Empty while the tier works."""
@@ -70,6 +71,7 @@ class DiskTier:
         try:
             store = make_store()
             if not self._open(store):
+                self.secret = store.secret or self.secret
                 _log.warning("KV pages are not kept on disk for now: %s", self.why_off)
         except OSError as error:
             self._turn_off(error)
@@ -126,15 +128,15 @@ class DiskTier:
     def ask(self, keys: Sequence[PageKey]) -> None:
         """Begin to read pages in order, as many as may be staged."""
         with self._changed:
-            if len(self._staged) >= self._staged_pages:  # of somebody who does not wait any more
+            if self._full and not self._moves:  # of somebody who does not wait any more
                 for mark in self._staged.keys() - {key.mark for key in keys}:
                     del self._staged[mark]
-            if not self._asked:
-                self._last_read_s = time.monotonic()
             for key in keys:
-                if len(self._asked) + len(self._staged) >= self._staged_pages:
+                if self._full:
                     break
                 if key in self and key.mark not in self._staged and key.mark not in self._queue:
+                    if not self._asked:
+                        self._moved_s = time.monotonic()
                     self._asked.setdefault(key.mark, key)
             self._changed.notify_all()
 
@@ -143,14 +145,26 @@ class DiskTier:
         with self._changed:
             if key.mark not in self._asked and key.mark not in self._staged:
                 self.ask([key])
+                if self._full and key.mark not in self._asked and key.mark not in self._queue:
+                    return key in self and self._moves  # after what others asked for
             if not self._changed.wait_for(lambda: key.mark not in self._asked, wait_s):
-                return time.monotonic() - self._last_read_s < GIVE_UP_S
+                return self._moves
         return False
+
+    @property
+    def _full(self) -> bool:
+        return len(self._asked) + len(self._staged) >= self._staged_pages
+
+    @property
+    def _moves(self) -> bool:
+        return time.monotonic() - self._moved_s < GIVE_UP_S
 
     def take(self, key: PageKey, use: Callable[[PageBytes], None]) -> bool:
         """Have a page used that was read, or still waits to be written; False without one."""
         with self._changed:
             staged = self._staged.pop(key.mark, None)
+            if staged is not None:
+                self._moved_s = time.monotonic()
             found = staged or self._queue.get(key.mark)
         if found is None or found[0] != key:
             return False
@@ -180,7 +194,6 @@ class DiskTier:
             store.open()
         except BlockingIOError as error:
             self.why_off = str(error)
-            self.secret = store.secret or self.secret
             return False
         if self.why_off and store.secret != self.secret:
             raise OSError("pages were named by another key than the folder's")
@@ -233,7 +246,7 @@ class DiskTier:
     def _read(self, store: SegmentStore, keys: Sequence[PageKey]) -> None:
         pages = store.read(keys, self._spare)
         with self._changed:
-            self._last_read_s = time.monotonic()
+            self._moved_s = time.monotonic()
             for key, data in zip(keys, pages, strict=False):
                 self._asked.pop(key.mark, None)
                 if data is not None:

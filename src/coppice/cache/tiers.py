@@ -92,7 +92,7 @@ class Tiers:
             if not disk.put(key, data, timeout_s=max(0.0, deadline - time.monotonic())):
                 break
         self.disk.flush(max(0.0, deadline - time.monotonic()))
-        self.disk.close()
+        self.disk.close(max(0.05, deadline - time.monotonic()))
 
     # -- pages come back -------------------------------------------------------------------
 

@@ -94,7 +94,7 @@ class EngineLoop:
                 case Submit(request, progress):
                     try:
                         self._engine.submit(request, progress)
-                    except Exception as error:
+                    except BaseException as error:  # `describe` raises what is not the request's
                         refusal = describe(error, "The engine")
                         choices = [p.index for p in progress] or range(request.sampling.n)
                         messages.extend(

@@ -94,7 +94,13 @@ def _serve(connection: socket.socket, config: EngineConfig) -> int:
         connection.sendall(b"".join(map(encode, messages)))
 
     loop = EngineLoop(engine, send)
-    signal.signal(signal.SIGTERM, lambda *_: loop.inbox.put(Shutdown()))
+    told = threading.Event()
+
+    def stop(*_: object) -> None:
+        told.set()
+        loop.inbox.put(Shutdown())
+
+    signal.signal(signal.SIGTERM, stop)
     send([Ready(engine.facts())])
     die_with_parent(on=False)  # from here on the reader sees its end, and what is kept is written
     threading.Thread(target=_read, args=(connection, loop), name="reader", daemon=True).start()
@@ -102,6 +108,9 @@ def _serve(connection: socket.socket, config: EngineConfig) -> int:
         loop.run()
     finally:  # also where the front end went away in mid-step
         engine.close()
+    if told.is_set():  # the exit status says that others ended it, and no request did
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
     return 0
 
 

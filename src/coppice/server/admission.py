@@ -78,7 +78,7 @@ class Admission:
     A caller over its own share is refused with 429, anybody else with 503; the time to try
     again comes from the measured rates of prefill and of finished sequences.
 
-    Cost: a few additions per call, no look at any list.
+    Cost: a few additions and a look at each live request per call.
     """
 
     def __init__(self, config: ServerConfig, engine: AsyncEngine) -> None:
@@ -136,7 +136,8 @@ class Admission:
     def waiting_tokens(self) -> int:
         """Prompt tokens promised that the engine has not begun to answer."""
         live = self._engine.live.values()
-        return self.coming_tokens + sum(len(r.request.prompt) for r in live if not r.started)
+        waiting = (len(r.request.prompt) for r in live if not (r.started or r.parked))
+        return self.coming_tokens + sum(waiting)
 
     def max_waiting_tokens(self) -> int:
         """The bound on waiting prompt tokens, from the measured prefill rate."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from coppice.engine.messages import CancelReason
-from coppice.errors import CoppiceError
 from coppice.server.admission import Permit
 from coppice.server.generation import Delta, Generation
 from coppice.server.keys import Key
@@ -102,11 +101,6 @@ class Calls:
             call.cancel()
         return len(found)
 
-    def cancel_all(self) -> None:
-        """End every call (drain is over)."""
-        for call in list(self._live.values()):
-            call.cancel()
-
 
 class Observer(Protocol):
     """Told when a call has ended; metrics implement it."""
@@ -129,11 +123,9 @@ async def run(call: Call) -> AsyncGenerator[list[Delta], None]:
                 yield batch
         outcome: Outcome = call.generation.ending
         call.entry.close(outcome)
-    except CoppiceError as error:
-        call.entry.close_by_error(error)
+    except Exception:  # whatever it is: it had been let in
+        call.entry.close("failed")
         raise
-    finally:
-        call.entry.close("cancelled")
 
 
 def new_id(prefix: str) -> str:

@@ -181,7 +181,7 @@ class Cells:
         """End the process; what waits is refused."""
         if self._keeper is not None:
             self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._keeper
         self._fail_waiting()
 

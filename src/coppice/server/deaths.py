@@ -27,12 +27,14 @@ class Death:
             false where another process ended it.
         worked: it had loaded its model and answered something.
         lasting: starting it again will not help; the operator must.
+        replaced: no death at all: it was told to make room for another.
     """
 
     error: CoppiceError
     own_doing: bool = True
     worked: bool = False
     lasting: bool = False
+    replaced: bool = False
 
 
 def by_status(status: int, *, hung: bool, out_of_memory: bool, worked: bool) -> Death:

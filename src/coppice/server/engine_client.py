@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -43,6 +44,9 @@ MAX_UNREAD = 1024
 GIVE_UP_AFTER = 5
 """Starts in vain after which live requests are failed; new starts go on."""
 TICK_S = 1.0
+MEMORY_TICKS = 8
+"""Ticks a process may take to give its memory back, from the kernel's counting it as killed for
+want of memory to the end of its socket."""
 STACKS_S = 0.5
 """Time an engine that hangs gets to write down where."""
 
@@ -86,7 +90,7 @@ class AsyncEngine:
         self.replacements = 0
         self.silence = Silence()
         self._loaded = self._worked = False
-        self._memory_kills = 0
+        self._memory_kills: deque[int] = deque(maxlen=MEMORY_TICKS)
         self._began_s: float | None = None
         self.start_took_s = 1.0
         """Seconds from the last start of the process to a loaded model."""
@@ -267,7 +271,7 @@ class AsyncEngine:
                 self._replay.fail("The server stopped.", "shutting_down")
                 return
             self.state = "restarting"
-            if self._dumps is not None and (self._successor is None or death.own_doing):
+            if self._dumps is not None and (not death.replaced):
                 inside = [live for live in self.live.values() if live.given]
                 self._dumps.engine_died(death, inside, self._replay.alone, self.restarts)
             lost = self._replay.engine_died(death)
@@ -282,15 +286,14 @@ class AsyncEngine:
             await asyncio.sleep(wait_s)
             self.restarts += 1
 
-    def _being_replaced(self) -> bool:
-        return self._successor is not None
-
     def _taken_over(self, old: EngineProcess) -> bool:
         return self.state == "stopped" or (self._process is not old and self.state == "ready")
 
     async def _run_once(self) -> Death:
         """One life of the engine process; returns how it ended."""
-        self._memory_kills, self._loaded, self._worked = memory_kills(), False, False
+        self._loaded = self._worked = False
+        self._memory_kills.clear()
+        self._memory_kills.append(memory_kills())
         try:
             if self._successor is not None:
                 coming, self._successor = self._successor, None
@@ -309,12 +312,13 @@ class AsyncEngine:
                 self._take(message)
         except Exception:  # a bug on either side, or a damaged message: replay helps with both
             log.exception("A message of the engine could not be taken; ending it.")
-        if self._being_replaced():
+        if process.left:
             watch.cancel()
             leaving = asyncio.create_task(process.close(grace_s=1.0), name="engine-leaves")
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
-            return Death(EngineDeadError("The engine was replaced."), own_doing=False, worked=True)
+            why = EngineDeadError("The engine was replaced.")
+            return Death(why, own_doing=False, worked=True, replaced=True)
         try:
             status = await process.close(grace_s=1.0)
         finally:
@@ -328,7 +332,7 @@ class AsyncEngine:
         return by_status(
             status,
             hung=self.silence.hung,
-            out_of_memory=memory_kills() > self._memory_kills,
+            out_of_memory=memory_kills() > self._memory_kills[0],
             worked=self._worked,
         )
 
@@ -337,7 +341,7 @@ class AsyncEngine:
         while True:
             await asyncio.sleep(TICK_S)
             silence.tick()
-            self._memory_kills = memory_kills()  # those before are somebody else's
+            self._memory_kills.append(memory_kills())  # those long before are somebody else's
             if self._loaded and 0 < self._hang_s <= silence.ticks * TICK_S:
                 silence.hung = True
                 log.error("The engine has said nothing for %.0f s; ending it. Its stacks:",
@@ -380,8 +384,6 @@ class AsyncEngine:
         live = self.live.get(output.request_id)
         if live is None or not live.take(output):
             return
-        if self._on_output is not None:
-            self._on_output(output)
         if not live.open:
             del self.live[output.request_id]
         live.queue.put_nowait(output)
@@ -389,6 +391,8 @@ class AsyncEngine:
             self._park(live, True)
         if self.state == "restarting":
             self._replay.moved(live)
+        if self._on_output is not None:
+            self._on_output(output)
 
     def _park(self, live: LiveRequest, on: bool) -> None:
         live.parked = on

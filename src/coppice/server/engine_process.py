@@ -47,6 +47,7 @@ class EngineProcess:
         self.fatal: Fatal | None = None
         self._frames = self._read()
         self._first: FromEngine | None = None
+        self.left = False
 
     @property
     def pid(self) -> int:
@@ -122,6 +123,7 @@ class EngineProcess:
 
     def leave(self) -> None:
         """Hear no more of it; it ends as it sees the end of the stream."""
+        self.left = True
         self._writer.transport.abort()
 
     async def _read(self) -> AsyncGenerator[FromEngine, None]:

@@ -3,20 +3,27 @@
 A choice's events follow from its tokens alone, so the n-th event of a choice is the same
 however often it is computed; how the choices' events mix is not. A reader's place is
 therefore a count per choice, written with dots: ``57``, or ``12.0.31`` for three choices.
+
+Of what a reader was sent the last `KEPT_BYTES` are kept, for what the connection lost; of what
+nobody has read no more than that is made.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
+from operator import attrgetter
+from typing import NamedTuple
 
-from coppice.errors import RequestError, TakenOverError
+from coppice.errors import NotFoundError, RequestError, TakenOverError
 from coppice.server.stream import CLOSING, Piece
 
 PLACE = r"^([0-9]{1,9}(\.[0-9]{1,9}){0,2999})?$"
 CHUNK_BYTES = 64 << 10
+KEPT_BYTES = 4 << 20
 
 
 class EventLog:
@@ -30,13 +37,22 @@ class EventLog:
     """
 
     def __init__(self, slots: int) -> None:
-        self._events: list[tuple[int, int, bytes]] = []
+        self._events: list[_Event] = []
+        self._first = 0
         self._counts: Counter[int] = Counter()
+        self._dropped: Counter[int] = Counter()
         self._slots = slots
         self._news = asyncio.Event()
         self._reader: object | None = None
-        self.size_bytes = 0
+        self._was_read = asyncio.Event()
+        self._made_bytes = self._read_bytes = self._dropped_bytes = 0
+        self._bounded = True
         self.ended = False
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the events it holds."""
+        return self._made_bytes - self._dropped_bytes
 
     @property
     def read_by_somebody(self) -> bool:
@@ -47,9 +63,20 @@ class EventLog:
         """Add what was made."""
         for slot, data in pieces:
             self._counts[slot] += 1
-            self._events.append((slot, self._counts[slot], data))
-            self.size_bytes += len(data)
+            self._made_bytes += len(data)
+            self._events.append(_Event(slot, self._counts[slot], data, self._made_bytes))
         self._news.set()
+
+    async def room(self) -> None:
+        """Wait until more may be made."""
+        while self._bounded and self._made_bytes - self._read_bytes > KEPT_BYTES:
+            self._was_read.clear()
+            await self._was_read.wait()
+
+    def take_all(self) -> None:
+        """Wait for readers no longer: what comes now is the end."""
+        self._bounded = False
+        self._was_read.set()
 
     def end(self) -> None:
         """Nothing more will come."""
@@ -61,9 +88,17 @@ class EventLog:
 
         Raises:
             RequestError: it is no place in this stream.
+            NotFoundError: it is so far back that what follows is no longer held.
         """
-        if not text:
-            return [0] * self._slots
+        place = self._read_place(text) if text else [0] * self._slots
+        if any(place[slot] < dropped for slot, dropped in self._dropped.items()):
+            raise NotFoundError(
+                f"Of what was sent, the last {KEPT_BYTES >> 20} MiB are kept, and this place is "
+                "before them. Send the request anew.", param="after", code="not_resumable",
+            )  # fmt: skip
+        return place
+
+    def _read_place(self, text: str) -> list[int]:
         if re.fullmatch(PLACE, text) is None or text.count(".") != self._slots - 1:
             raise RequestError(
                 f"{text[:40]!r} is no place in this stream; send the id of the last event you "
@@ -79,7 +114,7 @@ class EventLog:
         """
         me = self._reader = object()
         self._news.set()  # wakes the one before
-        at = 0
+        at = self._first
         try:
             while True:
                 if self._reader is not me:
@@ -88,7 +123,7 @@ class EventLog:
                 out, at = self._unseen(at, seen)
                 if out:
                     yield out
-                elif self.ended and at == len(self._events):
+                elif self.ended and at == self._first + len(self._events):
                     return
                 else:
                     await self._news.wait()
@@ -99,12 +134,33 @@ class EventLog:
     def _unseen(self, at: int, seen: list[int]) -> tuple[bytes, int]:
         """A chunk of events from ``at`` on, and where it ends; counts them in ``seen``."""
         out = bytearray()
-        while at < len(self._events) and len(out) < CHUNK_BYTES:
-            slot, number, data = self._events[at]
+        held = self._events
+        while at - self._first < len(held) and len(out) < CHUNK_BYTES:
+            slot, number, data, self._read_bytes = held[at - self._first]
             at += 1
             if slot == CLOSING:
                 out += data
             elif number > seen[slot]:
                 seen[slot] = number
                 out += b"id: " + ".".join(map(str, seen)).encode() + b"\n" + data
+        self._was_read.set()
+        if self._read_bytes - self._dropped_bytes > 2 * KEPT_BYTES:
+            self._drop(self._read_bytes - KEPT_BYTES)
         return bytes(out), at
+
+    def _drop(self, until_bytes: int) -> None:
+        many = bisect_right(self._events, until_bytes, key=attrgetter("end"))
+        for dropped in self._events[:many]:
+            self._dropped_bytes = dropped.end
+            if dropped.slot != CLOSING:
+                self._dropped[dropped.slot] = dropped.number
+        del self._events[:many]
+        self._first += many
+
+
+class _Event(NamedTuple):
+    slot: int
+    number: int
+    data: bytes
+    end: int
+    """Bytes of all events up to here."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from enum import Enum
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -180,8 +179,3 @@ def host_name(host: str) -> str:
     if host.startswith("["):
         return host.partition("]")[0] + "]"
     return host.partition(":")[0]
-
-
-def headers_all(scope: Scope, name: bytes) -> list[Any]:
-    """Every value of a header."""
-    return [value for key, value in scope["headers"] if key == name]

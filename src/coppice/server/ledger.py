@@ -29,10 +29,6 @@ class Ledger:
         self.in_flight += 1
         return Entry(self)
 
-    def balanced(self) -> bool:
-        """The invariant."""
-        return self.accepted == sum(self.outcomes.values()) + self.in_flight
-
 
 class Entry:
     """One call's line in the ledger; the first `close` counts, later ones do nothing."""

@@ -122,6 +122,7 @@ class Server:
                 if await self._load(listener):
                     await self._drain(await self._signals.get())
         finally:
+            self.services.streams.freeze()  # what is ended from here on may go on elsewhere
             stats.cancel()
             self._supervisor.close()
             if self._forced.is_set():

@@ -99,6 +99,7 @@ def wake(services: Services, known: Resumable) -> EventLog:
     call = _call(services, accepted, key, counted=False)
     known.log, pieces = _events(services, text, known.recorded, call)
     known.recorded = None
+    known.log.take_all()  # all of it has been made before
     services.streams.fill(known, pieces)
     return known.log
 

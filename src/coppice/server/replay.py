@@ -33,7 +33,10 @@ SUSPECT_AFTER = 2
 MAX_POISONS = 256
 LEAST_LEFT_S = 1e-3
 PROBATION_TOKENS, PROBATION_S = 16, 10.0
-"""A suspect has passed after so many further tokens of each open choice, or that long."""
+"""A suspect has passed after so many further tokens of each open choice, or after that long if
+it still gets on."""
+GETS_ON_S = 2.0
+"""One whose last token came longer ago may be about to hang the engine, or in a long prompt."""
 
 
 @dataclass(slots=True)
@@ -145,6 +148,7 @@ class Replay:
         self._goals: dict[int, int] = {}
         self._poisons: OrderedDict[bytes, None] = OrderedDict()
         self._passed: list[LiveRequest] = []
+        self._heard_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -214,8 +218,8 @@ class Replay:
             }
             log.warning("%s runs alone: it was there in %d crashes", suspect.request.id,
                         suspect.crashes)  # fmt: skip
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(PROBATION_S, self._pass, suspect)
+            self._heard_s = 0.0
+            self._later(PROBATION_S, suspect)
             self.replayed += 1
             self.give(suspect)
             return
@@ -233,10 +237,21 @@ class Replay:
         """An output of it came, or its reader was parked; a suspect may have passed."""
         if live is not self._alone:
             return
+        self._heard_s = time.monotonic()
         if live.parked or all(
             len(choice.tokens) >= self._goals[index] for index, choice in live.open.items()
         ):
             self._pass(live)
+
+    def _later(self, seconds: float, live: LiveRequest) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._long_enough, live)
+
+    def _long_enough(self, live: LiveRequest) -> None:
+        """It was alone for long; an engine that says nothing of it is left to the watch."""
+        if time.monotonic() - self._heard_s < GETS_ON_S:
+            self._pass(live)
+        else:
+            self._later(GETS_ON_S / 2, live)
 
     def _next_suspect(self) -> LiveRequest | None:
         for live in self.live.values():

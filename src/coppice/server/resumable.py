@@ -211,7 +211,14 @@ class Resumables:
     def _left(self, known: Resumable) -> None:
         if known.running is not None and known.leaving is None:
             loop = asyncio.get_running_loop()
-            known.leaving = loop.call_later(self.resume_s, known.running.cancel)
+            known.leaving = loop.call_later(self.resume_s, self._give_up, known)
+
+    @staticmethod
+    def _give_up(known: Resumable) -> None:
+        assert known.log is not None
+        assert known.running is not None
+        known.running.cancel()
+        known.log.take_all()
 
     async def _fill(self, known: Resumable, pieces: Pieces) -> None:
         assert known.log is not None
@@ -219,6 +226,7 @@ class Resumables:
             async with aclosing(pieces):
                 async for batch in pieces:
                     known.log.extend(batch)
+                    await known.log.room()
         except Exception:
             log.exception("%s: its events could not be made", known.call)
             error = EngineError("The answer could not be made; the server's log says why.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 from fastapi import Request as HttpRequest
@@ -12,7 +14,7 @@ from fastapi.responses import Response
 
 from coppice.engine.messages import ModelFacts
 from coppice.engine.request import Grammar, Request, SamplingParams
-from coppice.errors import CoppiceError, RequestError
+from coppice.errors import CoppiceError, EngineError, RequestError
 from coppice.server import admission, convert
 from coppice.server.calls import Call, new_id, run
 from coppice.server.errors import error_body, request_id_of
@@ -34,6 +36,8 @@ from coppice.server.stream import (
     while_connected,
 )
 from coppice.server.text import TextService
+
+log = logging.getLogger("coppice.server")
 
 CLIENT_LEFT = 499
 
@@ -213,6 +217,7 @@ async def answer(
     """
     services, call, warnings = open_call(http, body, route)
     handed_over = False
+    closed: Callable[[], None] | None = None
     try:
         with convert.blaming(route.prompt):
             generation = await while_connected(
@@ -236,13 +241,14 @@ async def answer(
                     await services.streams.accept(accepted, pieces, call)
                 )
             else:
-                handed_over = True
+                handed_over, closed = True, partial(services.calls.settle, call)
                 events, headers = joined(pieces), {}
             return EventStream(
                 events,
                 headers=headers,
                 ping_s=services.config.ping_s,
                 slow_reader_s=services.config.slow_reader_s,
+                closed=closed,
             )
         return whole(frame, await while_connected(http.receive, _gather(call)))
     except ClientLeftError:
@@ -289,6 +295,11 @@ async def events_of(services: Services, call: Call, chunks: Pieces) -> Pieces:
         yield [(CLOSING, DONE)]
     except CoppiceError as error:
         yield [(CLOSING, event(error_body(error, call.request_id), "error") + DONE)]
+    except Exception:  # the reply is begun: all that can be done is to say so in it
+        log.exception("%s: its events could not be made", call.id)
+        call.entry.close("failed")
+        failed = EngineError("The answer could not be made; the server's log says why.")
+        yield [(CLOSING, event(error_body(failed, call.request_id), "error") + DONE)]
     finally:
         await chunks.aclose()
         call.entry.close("cancelled")

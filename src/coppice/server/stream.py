@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi.responses import Response
@@ -51,6 +51,7 @@ class EventStream(Response):
         ping_s: silence after which a comment is sent.
         slow_reader_s: how long one write may take. While it does, the iterator is not asked,
             so whatever it would yield is gathered there, not here.
+        closed: called when the stream is over, also if it never began.
     """
 
     media_type = "text/event-stream"
@@ -62,6 +63,7 @@ class EventStream(Response):
         headers: Mapping[str, str],
         ping_s: float,
         slow_reader_s: float,
+        closed: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(
             headers={**headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -70,6 +72,7 @@ class EventStream(Response):
         self._events = events
         self._ping_s = ping_s
         self._slow_reader_s = slow_reader_s
+        self._closed = closed
         self._writing_since: float | None = None
         self._written = time.monotonic()
 
@@ -87,8 +90,12 @@ class EventStream(Response):
                 task.cancel()
             if not pump.done():
                 pump.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await pump
+            try:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await pump
+            finally:
+                if self._closed is not None:
+                    self._closed()
 
     async def _pump(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
@@ -112,7 +119,7 @@ class EventStream(Response):
             if self._writing_since is not None:
                 left = self._writing_since + self._slow_reader_s - now
                 if left <= 0:
-                    return  # uvicorn closes the unfinished reply
+                    return  # uvicorn closes a reply that was begun
                 await asyncio.sleep(min(left, 1.0))
             elif now - self._written < self._ping_s:
                 await asyncio.sleep(min(self._written + self._ping_s - now, 1.0))

@@ -24,6 +24,9 @@ def test_prompts_that_were_answered_do_not_wait_until_their_whole_call_has_ended
     assert admission.waiting_tokens() == 300
     engine.live["a"].started = True
     assert admission.waiting_tokens() == 200
+    engine.live["b"].parked = True
+    assert admission.waiting_tokens() == 100, "its reader is waited for, not the engine"
+    engine.live["b"].parked = False
     del engine.live["a"]
     assert admission.waiting_tokens() == 200
     engine.live.clear()

@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from coppice.errors import RequestError, TakenOverError
+from coppice.errors import NotFoundError, RequestError, TakenOverError
+from coppice.server import event_log
 from coppice.server.event_log import EventLog
 from coppice.server.stream import CLOSING
 
@@ -94,3 +95,54 @@ def test_what_is_no_place_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="no place"):
         EventLog(2).place(text)
     assert EventLog(2).place("") == EventLog(2).place(None) == [0, 0]
+
+
+def test_a_long_stream_is_held_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_log, "KEPT_BYTES", 1000)
+    monkeypatch.setattr(event_log, "CHUNK_BYTES", 100)
+
+    async def play() -> None:
+        log = EventLog(1)
+
+        async def fill() -> None:
+            for number in range(2000):
+                log.extend([(0, f"data: {number}\n\n".encode())])
+                await log.room()
+            log.end()
+
+        filling = asyncio.create_task(fill())
+        await asyncio.sleep(0)
+        assert 1000 < log.size_bytes < 1100, "nobody reads: no more is made"
+        got, sizes = b"", []
+        async for chunk in log.read(log.place(None)):
+            got += chunk
+            sizes.append(log.size_bytes)
+            await asyncio.sleep(0)
+        assert re.findall(rb"data: (\d+)", got) == [b"%d" % n for n in range(2000)]
+        assert max(sizes) < 4000
+        with pytest.raises(NotFoundError, match="kept"):
+            log.place("100")
+        with pytest.raises(NotFoundError):
+            log.place(None)
+        last = b"".join([chunk async for chunk in log.read(log.place("1950"))])
+        assert re.findall(rb"data: (\d+)", last) == [b"%d" % n for n in range(1950, 2000)]
+        await filling
+
+    asyncio.run(asyncio.wait_for(play(), 10))
+
+
+def test_who_is_given_up_need_not_wait_for_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_log, "KEPT_BYTES", 10)
+
+    async def play() -> None:
+        log = EventLog(1)
+        log.extend([(0, b"x" * 20)])
+        waiting = asyncio.create_task(log.room())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        log.take_all()
+        await waiting
+        log.extend([(0, b"x" * 20)])
+        await log.room()
+
+    asyncio.run(asyncio.wait_for(play(), 10))
