@@ -6,15 +6,13 @@ import time
 from collections.abc import Sequence
 
 from benchmarks.workloads.azure import text_tokens
-from coppice.cost import StepCurve
-from coppice.engine.calibrate import calibrate
 from coppice.engine.config import EngineConfig
 from coppice.engine.engine import Engine
 from coppice.engine.loading import EngineModel
 from coppice.engine.request import Request, SamplingParams
 from coppice.scheduling import Policy
 from coppice.scheduling.record import Answer, Moment, Record
-from coppice.scheduling.virtual import Sizes, StepTime, VirtualSequence
+from coppice.scheduling.virtual import Sizes, VirtualSequence
 
 
 def replay(
@@ -116,45 +114,3 @@ def sizes_of(engine_pages: int, config: EngineConfig) -> Sizes:
         prefill_chunk=config.prefill_chunk,
         prefix_cache=False,
     )
-
-
-def measured_step_time(
-    model: EngineModel, config: EngineConfig
-) -> tuple[StepTime, StepCurve, dict[str, float]]:
-    """Step times of this model here: the calibrated curve, and what a step takes beside it.
-
-    The curve knows one sequence at a time. What many cost beyond it (their attention is read
-    from other places, their tokens are chosen, the plan is made) is fitted from two closed
-    batches of decodes, of 1 and of ``max_sequences``.
-    """
-    curve = calibrate(model, seconds=3.0)
-    most = min(config.max_sequences, 64)
-    extra = {n: _extra_s(model, config, curve, n) for n in (1, most)}
-    step_s = extra[1]
-    sequence_s = (extra[most] - extra[1]) / (most - 1)
-
-    def step_time(rows: int, keys: int, sequences: int) -> float:
-        if rows == 0:
-            return 0.0
-        return max(1e-6, curve.time(rows, keys) + step_s + sequence_s * (sequences - 1))
-
-    return step_time, curve, {"step_s": step_s, "sequence_s": sequence_s}
-
-
-def _extra_s(model: EngineModel, config: EngineConfig, curve: StepCurve, batch: int) -> float:
-    engine = Engine(model, config)
-    vocab = model.facts.vocab_size
-    warm_up(engine, vocab)
-    for i in range(batch):
-        params = SamplingParams(max_tokens=96, temperature=0.0, ignore_eos=True, seed=0)
-        prompt = text_tokens(64, vocab, 1000 + i)
-        engine.submit(Request(id=f"x{i}", prompt=prompt, sampling=params, cache_salt=f"{i}"))
-    times: list[float] = []
-    while engine.has_work:
-        began = time.perf_counter()
-        outputs = engine.step()
-        took = time.perf_counter() - began
-        if len(outputs) == batch and engine.has_work:
-            context = 64 + len(times)
-            times.append(took - curve.time(batch, batch * context))
-    return sorted(times[4:])[len(times) // 2]

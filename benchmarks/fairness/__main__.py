@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from benchmarks.fairness.llama_server import replay_llama
-from benchmarks.live import measured_step_time, replay, sizes_of
+from benchmarks.live import replay, sizes_of
 from benchmarks.report import Goal, Report
+from benchmarks.steps import measured_steps
 from benchmarks.workloads.azure import DATA
 from coppice.engine.config import EngineConfig
 from coppice.engine.engine import Engine
@@ -58,8 +59,9 @@ def main() -> int:
     name = "fairness" if len(parts) == len(PARTS) else f"fairness-{'-'.join(parts)}"
     report = Report(name, ["run", "policy", "max diff", "mean diff", "tok/s", "seconds"])
     model = load_engine_model(CONFIG)
-    step_time, _, extra = measured_step_time(model, CONFIG)
-    report.metrics["step_extra_s"] = extra
+    steps = measured_steps(model, CONFIG)
+    step_time = steps.time
+    report.metrics["steps"] = steps.metrics()
     num_pages = Engine(model, CONFIG).num_pages
     arrivals = [a for a in read_trace(TRACE) if a.time_s < SECONDS]
 

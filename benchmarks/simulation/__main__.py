@@ -1,8 +1,9 @@
 """``python -m benchmarks.simulation [--quick]``: the simulator's error on this machine.
 
 Two traces, Azure's conversations (lengths divided by 4) and VTC's clients, each played live and
-on the virtual clock with step times measured just before. Arrivals are paced to keep the engine
-busy without a queue that only grows.
+on the virtual clock with step times measured just before and just after, because a shared
+machine's speed drifts (``drift`` is the second over the first). Arrivals are paced to keep the
+engine busy without a queue that only grows.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from benchmarks.live import measured_step_time, replay, sizes_of
+from benchmarks.live import replay, sizes_of
+from benchmarks.quiet import wait_until_quiet
 from benchmarks.report import Goal, Report
+from benchmarks.steps import Steps, between, measured_steps
 from benchmarks.workloads.azure import DATA
 from coppice.engine.config import EngineConfig
 from coppice.engine.engine import Engine
@@ -36,18 +39,29 @@ def main() -> int:
     args = parser.parse_args()
     report = Report("simulation", ["trace", "run", "tok/s", "TTFT p50 ms", "p95 ms", "seconds"])
     model = load_engine_model(CONFIG)
-    step_time, _, extra = measured_step_time(model, CONFIG)
-    report.metrics["step_extra_s"] = extra
+    report.metrics["quiet"] = wait_until_quiet()
+    steps = measured_steps(model, CONFIG)
     engine = Engine(model, CONFIG)
     num_pages, context = engine.num_pages, engine.context_length
     for name, (file, divide, pace) in TRACES.items():
         arrivals = read_trace(DATA / file)[: 60 if args.quick else 300]
 
         sequences = partial(as_sequences, arrivals, divide=divide, pace=pace, max_context=context)
+        before = steps
         live = replay(model, CONFIG, sequences())
-        virtual = simulate(sequences(), step_time, sizes_of(num_pages, CONFIG))
+        steps = measured_steps(model, CONFIG)
+        step_time, wake_s = between(before, steps)
+        sizes = sizes_of(num_pages, CONFIG)
+        virtual = simulate(sequences(), step_time, sizes, wake_s=wake_s)
+        report.metrics[name] = {"drift": _drift(before, steps), **steps.metrics()}
         _compare(report, name, live, virtual)
     return report.finish()
+
+
+def _drift(before: Steps, after: Steps) -> dict[str, float]:
+    """How much longer steps take in the second measurement."""
+    sizes = {"decode of 8": (8, 8 * 256, 8), "prompt of 256": (256, 256 * 128, 1)}
+    return {name: after.time(*size) / before.time(*size) for name, size in sizes.items()}
 
 
 def _compare(report: Report, name: str, live: Record, virtual: Record) -> None:

@@ -266,7 +266,8 @@ class RequestsPerMinute:
         left: dict[str, int] = {}
         ranks: dict[str, Rank] = {}
         for tenant, queue in queues.tenants.items():
-            recent = sum(t > now - self._window_s for t in self._admitted.get(tenant, ()))
+            # What lies ahead of the clock was admitted before it was set back: it is forgotten.
+            recent = sum(now - self._window_s < t <= now for t in self._admitted.get(tenant, ()))
             if recent < self._limit:
                 left[tenant] = self._limit - recent
                 ranks[tenant] = queue[0].rank

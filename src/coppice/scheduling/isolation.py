@@ -78,7 +78,9 @@ class IsolatedCounters:
 
     def _fade(self, now: float) -> None:
         passed = now - self._then
-        if passed < self._memory_s / 50:  # also where a clock went back
+        if passed < 0.0:  # the clock went back: from here on again
+            self._then = now
+        if passed < self._memory_s / 50:
             return
         self._then = now
         factor = math.exp(-passed / self._memory_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple
 
@@ -86,7 +86,7 @@ class StepPlanner:
                 return  # none of the later ones presses either, give or take their length
             if due < snapshot.now or not turns.may_jump(sequence):
                 continue  # too late to help, or its tenant has jumped enough
-            if hall.is_full or not hall.seat(sequence):
+            if hall.is_full or not hall.seat_before_turn(sequence, turns):
                 return
             turns.took(sequence)
 
@@ -96,7 +96,7 @@ class _Seated:
     """How far a tenant's queue has been read, and who was passed over on the way."""
 
     at: int = 0
-    passed: list[SequenceView] | None = None
+    passed: list[SequenceView] = field(default_factory=list)
 
 
 class Left(NamedTuple):
@@ -149,6 +149,17 @@ class _Hall:
         self._slots -= 1
         return True
 
+    def seat_before_turn(self, sequence: SequenceView, turns: Turns) -> bool:
+        """Admit it although another is in turn, which is passed over: boundedly often."""
+        tenant = turns.tenant()
+        queue = () if tenant is None else self.snapshot.waiting.tenants[tenant]
+        first = next((s for s in queue if id(s) not in self._ids), sequence)
+        passed = [] if first is sequence else [first]
+        if not self._may_pass(passed) or not self.seat(sequence):
+            return False
+        self._overtake(passed)
+        return True
+
     def seat_by_turns(self, turns: Turns) -> None:
         """Admit in turn until the step is full or the one in turn must wait for pages.
 
@@ -175,14 +186,14 @@ class _Hall:
             place.at += 1
             if id(sequence) in self._ids:
                 continue
+            if not self._may_pass(place.passed):
+                return
             if self.seat(sequence):
                 turns.took(sequence)
                 self._overtake(place.passed)
                 continue
             self._why = "no pages"
-            place.passed = [*(place.passed or ()), sequence]
-            if not self._may_pass(place.passed):
-                return
+            place.passed.append(sequence)
 
     def plan(self) -> Plan:
         """What came of it."""
@@ -195,8 +206,8 @@ class _Hall:
             s.overtaken + self._overtaken[s.arrival] < most for s in passed
         )
 
-    def _overtake(self, passed: list[SequenceView] | None) -> None:
-        for sequence in passed or ():
+    def _overtake(self, passed: list[SequenceView]) -> None:
+        for sequence in passed:
             self._overtaken[sequence.arrival] += 1
             self._passed[sequence.arrival] = sequence
 

@@ -93,8 +93,13 @@ def simulate(
     sizes: Sizes,
     policy: Policy | None = None,
     planner: Planner | None = None,
+    *,
+    wake_s: float = 0.0,
 ) -> Record:
-    """Play sequences through a virtual engine and record what happens."""
+    """Play sequences through a virtual engine and record what happens.
+
+    ``wake_s`` is what the first step after a rest takes longer.
+    """
     record = Record(last_arrival_s=max((s.submitted_s for s in sequences), default=0.0))
     accounts = record.accounts
 
@@ -111,7 +116,7 @@ def simulate(
     for s in sequences:
         accounts.ask(s.tenant, s.submitted_s, s.num_prompt, s.num_answer)
     engine = VirtualEngine(step_time, sizes, policy, planner=planner, on_token=on_token)
-    play(engine, sequences, each_step=each_step)
+    play(engine, sequences, each_step=each_step, wake_s=wake_s)
     record.answers = [
         Answer(
             s.tenant,

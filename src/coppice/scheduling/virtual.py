@@ -167,8 +167,8 @@ class VirtualEngine:
             prefill_chunk=sizes.prefill_chunk,
         )
 
-    def step(self) -> float:
-        """Plan and carry out one step; the seconds it took."""
+    def step(self, extra_s: float = 0.0) -> float:
+        """Plan and carry out one step; the seconds it took, ``extra_s`` among them."""
         while self._deadlines and self._deadlines[0][0] <= self.now:
             self.cancel(heapq.heappop(self._deadlines)[2], "expired")
         batch = self.begin(self.snapshot())
@@ -177,7 +177,7 @@ class VirtualEngine:
             done = sequence.num_computed
             rows += end - done
             keys += (end - done) * (done + end) // 2
-        took = self.step_time(rows, keys, len(batch))
+        took = self.step_time(rows, keys, len(batch)) + extra_s
         self.now += took
         self.commit(batch)
         return took
@@ -256,18 +256,23 @@ def play(
     *,
     each_step: Callable[[VirtualEngine], None] | None = None,
     until_s: float = inf,
+    wake_s: float = 0.0,
 ) -> list[VirtualSequence]:
-    """Run arrivals, sorted by time, until all have ended or ``until_s``; all of them."""
+    """Run arrivals, sorted by time, until all have ended or ``until_s``; all of them.
+
+    ``wake_s`` is what the first step after a rest takes longer.
+    """
     pending = list(arrivals)
     at = 0
     while (at < len(pending) or engine.has_work) and engine.now < until_s:
-        if not engine.has_work and pending[at].submitted_s > engine.now:
+        rested = not engine.has_work and pending[at].submitted_s > engine.now
+        if rested:
             engine.now = pending[at].submitted_s
         while at < len(pending) and pending[at].submitted_s <= engine.now:
             engine.submit(pending[at])
             at += 1
         before = engine.steps
-        took = engine.step()
+        took = engine.step(wake_s if rested else 0.0)
         idle = took == 0.0 and engine.steps > before
         if each_step is not None:
             each_step(engine)

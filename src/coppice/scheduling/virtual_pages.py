@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from coppice.scheduling.planner import pages_for
@@ -97,10 +98,17 @@ class VirtualPages:
         sequence.num_pages = 0
         sequence.num_computed = 0
 
-    def check(self) -> None:
-        """Raise `AssertionError` where pages were lost or made up."""
-        blocks = (len(self._users) + len(self._idle)) * self._block_pages
-        assert 0 <= self._free <= self.num_pages - blocks
+    def check(self, holders: Iterable[VirtualSequence]) -> None:
+        """Raise `AssertionError` where pages were lost or made up; ``holders`` have them all."""
+        users: Counter[int] = Counter()
+        own = 0
+        for sequence in holders:
+            users.update(sequence.held)
+            own += sequence.num_pages - len(sequence.held) * self._block_pages
+        blocks = (len(users) + len(self._idle)) * self._block_pages
+        assert users == self._users, "a block is held by nobody, or by one that does not know"
+        assert self._free >= 0
+        assert self._free + blocks + own == self.num_pages
 
     def _retain(self, name: int) -> None:
         self._idle.pop(name, None)

@@ -22,6 +22,7 @@ from coppice.scheduling.flows import (
 )
 from coppice.scheduling.interfaces import FlowOrder
 from coppice.scheduling.isolation import IsolatedCounters
+from coppice.scheduling.planner import MAX_OVERTAKEN
 from coppice.scheduling.policy import make_policy, read_weights
 from coppice.scheduling.virtual import Sizes, VirtualEngine, VirtualSequence, play
 
@@ -74,7 +75,7 @@ def merged(*loads: Load) -> Load:
 class Watch:
     """Service of tenants, and the largest difference of two while both are backlogged."""
 
-    def __init__(self, flows: FlowOrder) -> None:
+    def __init__(self, flows: FlowOrder, planner: StepPlanner | None = None) -> None:
         self.served: dict[str, float] = {}
         self._since: dict[tuple[str, str], float] = {}
         self.widest = 0.0
@@ -85,7 +86,7 @@ class Watch:
             step_time,
             SIZES,
             Policy(flows),
-            planner=StepPlanner(),
+            planner=planner or StepPlanner(),
             on_token=self._token,
         )
 
@@ -141,6 +142,77 @@ def test_two_backlogged_tenants_never_differ_by_more_than_2u() -> None:
         plain.run(overload(seed), until_s=SECONDS)
         widest["in order"] = max(widest["in order"], plain.widest)
     assert widest["in order"] > 2 * widest["fair"], f"the load is too easy: {widest}"
+
+
+class Cost:
+    """What steps take, for pressing deadlines."""
+
+    def time(self, num_rows: int) -> float:
+        return step_time(num_rows, 0, 1)
+
+    def rows_within(self, seconds: float, most: int) -> int:
+        return max(1, min(most, int((seconds - 0.02) / 5e-5)))
+
+
+def test_pressing_deadlines_break_the_bound_by_no_more_than_their_credit() -> None:
+    credit = 2_000.0
+    bound = 2 * max(LONGEST, 2 * POOL_TOKENS) + credit
+    in_time: dict[float, int] = {}
+    for allowed in (0.0, credit):
+        in_time[allowed] = 0
+        for seed in range(4):
+            load = overload(seed)
+            for s in load[::3]:
+                s.ttft_s = 3.0
+            watch = Watch(FairCounters(jump_credit=allowed), StepPlanner(Cost()))
+            watch.run(load, until_s=SECONDS)
+            assert watch.widest <= bound, f"seed {seed}"
+            in_time[allowed] += sum(
+                0 < s.first_token_s <= s.submitted_s + 3.0 for s in load if s.ttft_s is not None
+            )
+    assert in_time[credit] > 1.1 * in_time[0.0], f"nobody jumped: {in_time}"
+
+
+def test_a_stream_of_pressing_ones_does_not_starve_the_rest() -> None:
+    """One without a wish is passed over so often and no more, then it is its turn."""
+    sizes = replace(SIZES, max_sequences=1)
+    engine = VirtualEngine(step_time, sizes, Policy(InOrder()), planner=StepPlanner(Cost()))
+    patient = request("a", 0.001, 50, 1)
+    load = [request("c", 0.0, 50, 10), patient]
+    for i in range(60):
+        load.append(request("b", 0.1 + i * 0.02, 50, 1))
+        load[-1].ttft_s = 0.09
+    play(engine, merged(load))
+    before = [s for s in load[2:] if s.scheduled_s < patient.scheduled_s]
+    assert 0 < len(before) <= MAX_OVERTAKEN
+
+
+@pytest.mark.parametrize("jump_s", [-500.0, 1e6])
+def test_a_limit_a_minute_survives_a_clock_that_jumps(jump_s: float) -> None:
+    flows = RequestsPerMinute(2)
+    engine = VirtualEngine(step_time, SIZES, Policy(flows))
+    for i in range(4):
+        s = request("a", engine.now, 10, 1)
+        s.arrival = i
+        engine.submit(s)
+    engine.step()
+    engine.step()
+    assert len(engine.waiting) == 2, "the limit holds"
+    engine.now += jump_s
+    engine.step()
+    assert not engine.waiting, "and does not hold anybody for longer than a minute"
+
+
+def test_what_is_beyond_a_share_fades_after_a_clock_went_back() -> None:
+    flows = IsolatedCounters(FairCounters(), memory_s=20.0)
+    greedy, polite = request("a", 0.0, 1000, 1), request("b", 0.0, 10, 1)
+    flows.charge(greedy, "admitted", 1000, 1e6)
+    flows.charge(polite, "admitted", 10, 1e6)
+    assert flows.over({"a", "b"}) == {"a"}
+    flows.charge(polite, "admitted", 10, 5.0)
+    for second in range(300):
+        flows.charge(polite, "generated", 1, 5.0 + second)
+    assert flows.over({"a", "b"}) != {"a"}
 
 
 def share_after_idling(flows: FlowOrder) -> float:
