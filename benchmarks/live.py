@@ -30,18 +30,7 @@ def replay(
     requests = {
         f"r{s.arrival}": (
             s,
-            Request(
-                id=f"r{s.arrival}",
-                prompt=text_tokens(s.num_prompt, vocab, seed + s.arrival),
-                sampling=SamplingParams(
-                    max_tokens=s.num_answer, temperature=0.0, ignore_eos=True, seed=s.arrival
-                ),
-                tenant=s.tenant,
-                priority=s.priority,
-                ttft_s=s.ttft_s,
-                tpot_s=s.tpot_s,
-                cache_salt=f"{s.arrival}",
-            ),
+            as_request(s, vocab, seed),
         )
         for s in sequences
     }
@@ -92,6 +81,22 @@ def replay(
     record.preemptions = engine.stats().preemptions
     record.steps = engine.stats().steps - steps_before
     return record
+
+
+def as_request(s: VirtualSequence, vocab_size: int, seed: int) -> Request:
+    """A request of these lengths and wishes that shares no prefix with another."""
+    return Request(
+        id=f"r{s.arrival}",
+        prompt=text_tokens(s.num_prompt, vocab_size, seed + s.arrival),
+        sampling=SamplingParams(
+            max_tokens=s.num_answer, temperature=0.0, ignore_eos=True, seed=s.arrival
+        ),
+        tenant=s.tenant,
+        priority=s.priority,
+        ttft_s=s.ttft_s,
+        tpot_s=s.tpot_s,
+        cache_salt=f"{s.arrival}",
+    )
 
 
 def warm_up(engine: Engine, vocab_size: int) -> None:

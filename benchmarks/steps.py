@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from benchmarks.live import replay
+from benchmarks.live import as_request, replay, warm_up
 from coppice.cost import StepCurve
 from coppice.engine.calibrate import calibrate
 from coppice.engine.config import EngineConfig
+from coppice.engine.engine import Engine
 from coppice.engine.loading import EngineModel
-from coppice.scheduling.virtual import StepTime, VirtualSequence
+from coppice.scheduling.virtual import Pauses, StepTime, VirtualSequence
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PROMPT, ANSWER = 128, 64
@@ -34,13 +36,13 @@ class Steps:
         curve: seconds of forward passes of one sequence.
         batches: sizes of closed batches of decodes.
         extra_s: what a step of each of them takes beside the curve; may be negative.
-        wake_s: what the first step after a rest takes longer.
+        pauses: what the loop takes between steps.
     """
 
     curve: StepCurve
     batches: tuple[int, ...]
     extra_s: tuple[float, ...]
-    wake_s: float
+    pauses: Pauses
 
     def time(self, rows: int, keys: int, sequences: int) -> float:
         """See `StepTime`."""
@@ -59,7 +61,7 @@ class Steps:
             "rows_s": dict(zip(self.curve.rows, self.curve.seconds, strict=True)),
             "key_s": self.curve.per_key_s,
             "extra_s": dict(zip(self.batches, self.extra_s, strict=True)),
-            "wake_s": self.wake_s,
+            **self.pauses._asdict(),
         }
 
 
@@ -75,25 +77,28 @@ def measured_steps(model: EngineModel, config: EngineConfig, *, rounds: int = 3)
         ),
         found[0].batches,
         tuple(map(statistics.median, zip(*(s.extra_s for s in found), strict=True))),
-        statistics.median(s.wake_s for s in found),
+        Pauses(*map(statistics.median, zip(*(s.pauses for s in found), strict=True))),
     )
 
 
-def between(before: Steps, after: Steps) -> tuple[StepTime, float]:
-    """Step time and wake time halfway between two measurements, for a run between them."""
+def between(before: Steps, after: Steps) -> tuple[StepTime, Pauses]:
+    """Step time and pauses halfway between two measurements, for a run between them."""
 
-    def time(rows: int, keys: int, sequences: int) -> float:
+    def halfway(rows: int, keys: int, sequences: int) -> float:
         return (before.time(rows, keys, sequences) + after.time(rows, keys, sequences)) / 2
 
-    return time, (before.wake_s + after.wake_s) / 2
+    pairs = zip(before.pauses, after.pauses, strict=True)
+    return halfway, Pauses(*(sum(pair) / 2 for pair in pairs))
 
 
 def _measure(model: EngineModel, config: EngineConfig) -> Steps:
     curve = calibrate(model, seconds=1.0)
     batches = tuple(n for n in BATCHES if n <= config.max_sequences)
     extra = tuple(_decode_s(model, config, n) - _curve_s(curve, n) for n in batches)
-    steps = Steps(curve, batches, extra, 0.0)
-    return Steps(curve, batches, extra, max(0.0, _wake_s(model, config, steps)))
+    submit_s = _submit_s(model, config)
+    steps = Steps(curve, batches, extra, Pauses(0.0, submit_s))
+    wake_s = max(0.0, _wake_s(model, config, steps))
+    return Steps(curve, batches, extra, Pauses(wake_s, submit_s))
 
 
 def _curve_s(curve: StepCurve, batch: int) -> float:
@@ -108,6 +113,22 @@ def _decode_s(model: EngineModel, config: EngineConfig, batch: int) -> float:
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
+def _submit_s(model: EngineModel, config: EngineConfig) -> float:
+    """Median seconds to take in a request beside steps of one that decodes."""
+    engine = Engine(model, config)
+    vocab = model.facts.vocab_size
+    warm_up(engine, vocab)
+    times = []
+    for i in range(min(24, config.max_sequences - 1)):
+        request = as_request(_sequence(i, 0.0, PROMPT, ANSWER), vocab, seed=1)
+        began = time.perf_counter()
+        engine.submit(request)
+        times.append(time.perf_counter() - began)
+        for _ in range(4):
+            engine.step()
+    return statistics.median(times)
+
+
 def _wake_s(model: EngineModel, config: EngineConfig, steps: Steps) -> float:
     """Median of what prompts after a rest take longer than their steps should."""
     rng = random.Random(3)
@@ -115,7 +136,8 @@ def _wake_s(model: EngineModel, config: EngineConfig, steps: Steps) -> float:
     late = []
     for answer in replay(model, config, load).answers:
         rows = answer.prompt
-        late.append(answer.ttft - steps.time(rows, rows * rows // 2, 1))
+        expected = steps.time(rows, rows * rows // 2, 1) + steps.pauses.submit_s
+        late.append(answer.ttft - expected)
     return statistics.median(late)
 
 

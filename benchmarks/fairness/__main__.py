@@ -59,15 +59,16 @@ def main() -> int:
     name = "fairness" if len(parts) == len(PARTS) else f"fairness-{'-'.join(parts)}"
     report = Report(name, ["run", "policy", "max diff", "mean diff", "tok/s", "seconds"])
     model = load_engine_model(CONFIG)
-    steps = measured_steps(model, CONFIG)
-    step_time = steps.time
-    report.metrics["steps"] = steps.metrics()
     num_pages = Engine(model, CONFIG).num_pages
     arrivals = [a for a in read_trace(TRACE) if a.time_s < SECONDS]
 
     def trace() -> list[VirtualSequence]:
         return as_sequences(arrivals, pace=PACE)
 
+    if parts != ["trace"]:
+        steps = measured_steps(model, CONFIG)
+        step_time = steps.time
+        report.metrics["steps"] = steps.metrics()
     if "simulated" in parts:
         _simulated_trace(report, trace, step_time, num_pages)
         _bound_goal(report, step_time)

@@ -50,9 +50,9 @@ def main() -> int:
         before = steps
         live = replay(model, CONFIG, sequences())
         steps = measured_steps(model, CONFIG)
-        step_time, wake_s = between(before, steps)
+        step_time, pauses = between(before, steps)
         sizes = sizes_of(num_pages, CONFIG)
-        virtual = simulate(sequences(), step_time, sizes, wake_s=wake_s)
+        virtual = simulate(sequences(), step_time, sizes, pauses=pauses)
         report.metrics[name] = {"drift": _drift(before, steps), **steps.metrics()}
         _compare(report, name, live, virtual)
     return report.finish()

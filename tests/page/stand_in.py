@@ -43,6 +43,8 @@ class State:
         heeds_cancel: whether a cancel call ends a stream.
         bodies: the chat bodies received.
         tree: the token tree of the last step.
+        usage: what each tenant and key used.
+        waiting_for: why one request waits; empty for none that does.
     """
 
     def __init__(self) -> None:
@@ -59,6 +61,8 @@ class State:
         self.ended: list[dict[str, Any]] = []
         self.generated = 0
         self.tree: dict[str, Any] | None = None
+        self.usage: list[dict[str, Any]] = []
+        self.waiting_for = ""
         self.started = time.monotonic()
 
     def info(self) -> dict[str, Any]:
@@ -73,7 +77,8 @@ class State:
             },
             "outcomes": {"accepted": 0, "in_flight": len(self.running)},
             "engine": {
-                "running": len(self.running), "waiting": 0, "waiting_tokens": 0,
+                "running": len(self.running), "waiting": int(bool(self.waiting_for)),
+                "waiting_tokens": 0, "waiting_for": self.waiting_for, "usage": self.usage,
                 "pages_used": min(used, PAGES), "pages_cached": min(len(self.ended), 8),
                 "num_pages": PAGES, "generated_tokens": self.generated, "prompt_tokens": 0,
                 "preemptions": 0, "model_s": 0.95 * self.generated,

@@ -249,3 +249,23 @@ def test_the_token_tree_of_a_step_is_drawn_with_its_kept_nodes(
     first, second, twin, other, third, root = browser.evaluate(cx)
     assert root < first == other < second == twin < third
     assert not browser.complaints()
+
+
+def test_tenants_their_deadlines_and_why_one_waits_are_shown(
+    browser: Browser, stand_in: StandIn
+) -> None:
+    browser.open(stand_in.url)
+    browser.wait("document.querySelector('#state').dataset.state === 'ok'")
+    assert browser.evaluate("document.querySelector('#tenants').hidden")
+    used = {"prompt_tokens": 10, "generated_tokens": 5, "deadlines_met": 0, "deadlines_missed": 0}
+    stand_in.state.usage = [
+        used | {"tenant": "<b>ann", "key": "a", "step_s": 1.0, "deadlines_met": 3},
+        used | {"tenant": "bob", "key": "b", "step_s": 2.0},
+        used | {"tenant": "<b>ann", "key": "c", "step_s": 5.0, "deadlines_missed": 1},
+    ]
+    stand_in.state.waiting_for = "no pages"
+    browser.wait("document.querySelectorAll('#tenant-list li').length === 2")
+    rows = "Array.from(document.querySelectorAll('#tenant-list li'), r => r.textContent)"
+    assert browser.evaluate(rows) == ["<b>ann75% · deadlines 3 met, 1 missed", "bob25%"]
+    assert "waiting: no pages" in browser.text("#queue-more")
+    assert not browser.complaints()

@@ -254,6 +254,7 @@ class Engine:
             tiers=tier_stats(self.pages.tiers),
             **({} if self._speculator is None else self._speculator.figures()),
             usage=self.meter.usage,
+            waiting_for=self.waiting_for if self._waiting else "",
         )
 
     @property
@@ -466,7 +467,7 @@ class Engine:
             return
         sequence.finish_reason = reason
         self.policy.flows.charge(sequence, "ended", 0, self.clock())
-        self.meter.ended(sequence)
+        self.meter.ended(sequence, self.clock())
         if self._speculator is not None and sequence.speculate != "off":
             self._speculator.learn(sequence, len(sequence.request.prompt))
         if sequence.slot >= 0:

@@ -143,6 +143,8 @@ class Usage(msgspec.Struct, kw_only=True):
         page_s: KV pages held times seconds.
         step_s: its part of the time of the steps.
         sequences: ended ones.
+        deadlines_met: of those that had a wish (``deadline_s``, ``ttft_s``, ``tpot_s``) and were
+            not cancelled, how many had all of it; ``deadlines_missed`` are the others.
     """
 
     tenant: str
@@ -157,6 +159,8 @@ class Usage(msgspec.Struct, kw_only=True):
     page_s: float = 0.0
     step_s: float = 0.0
     sequences: int = 0
+    deadlines_met: int = 0
+    deadlines_missed: int = 0
 
 
 class StepTree(msgspec.Struct, frozen=True, kw_only=True):
@@ -216,6 +220,8 @@ class StepStats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     prefill_rate_tok_s: float
     outcomes: dict[str, int]
     usage: list[Usage] = []
+    waiting_for: str = ""
+    """Why the first in turn was not admitted by the last plan, in words; empty for nobody."""
     drafts: int = 0
     """Token trees verified; ``drafted`` counts their nodes, ``accepted`` those kept."""
     drafted: int = 0

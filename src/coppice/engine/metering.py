@@ -75,12 +75,15 @@ class Meter:
             used.prompt_tokens += sequence.num_prompt
             used.cached_tokens += sequence.cached_tokens
 
-    def ended(self, sequence: Sequence) -> None:
+    def ended(self, sequence: Sequence, now: float) -> None:
         """A sequence ended, however."""
         used = self._of(_owner(sequence))
         used.sequences += 1
         used.drafted_tokens += sequence.drafted
         used.accepted_tokens += sequence.accepted
+        met = _met(sequence, now)
+        used.deadlines_met += met is True
+        used.deadlines_missed += met is False
 
     def write_lines(self, path: Path) -> None:
         """Append the totals as JSON lines."""
@@ -97,3 +100,18 @@ class Meter:
 
 def _owner(sequence: Sequence) -> Owner:
     return (sequence.request.tenant, sequence.request.key)
+
+
+def _met(sequence: Sequence, now: float) -> bool | None:
+    """Whether an ended sequence had what it wished for; None where that has no answer."""
+    wishes = (sequence.request.deadline_s, sequence.ttft_s, sequence.tpot_s)
+    if wishes == (None, None, None) or sequence.finish_reason in ("cancelled", "failed"):
+        return None
+    if sequence.finish_reason == "expired":
+        return False
+    waited = sequence.first_token_s - sequence.submitted_s
+    later = len(sequence.tokens) - sequence.first_tokens
+    in_time = sequence.ttft_s is None or waited <= sequence.ttft_s
+    if sequence.tpot_s is None or later == 0:
+        return in_time
+    return in_time and (now - sequence.first_token_s) / later <= sequence.tpot_s

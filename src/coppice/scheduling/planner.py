@@ -198,6 +198,8 @@ class _Hall:
     def plan(self) -> Plan:
         """What came of it."""
         passed = [s for key, s in self._passed.items() for _ in range(self._overtaken[key])]
+        if not self._why and len(self._admitted) < len(self.snapshot.waiting):
+            self._why = "tenant over its share"
         return Plan(admit=self._admitted, grants=self._grants, overtaken=passed, why=self._why)
 
     def _may_pass(self, passed: list[SequenceView]) -> bool:

@@ -10,6 +10,8 @@ from coppice.scheduling.fairness import Accounts
 from coppice.scheduling.interfaces import Planner
 from coppice.scheduling.policy import Policy
 from coppice.scheduling.virtual import (
+    NO_PAUSES,
+    Pauses,
     Sizes,
     StepTime,
     VirtualEngine,
@@ -94,12 +96,9 @@ def simulate(
     policy: Policy | None = None,
     planner: Planner | None = None,
     *,
-    wake_s: float = 0.0,
+    pauses: Pauses = NO_PAUSES,
 ) -> Record:
-    """Play sequences through a virtual engine and record what happens.
-
-    ``wake_s`` is what the first step after a rest takes longer.
-    """
+    """Play sequences through a virtual engine and record what happens."""
     record = Record(last_arrival_s=max((s.submitted_s for s in sequences), default=0.0))
     accounts = record.accounts
 
@@ -116,7 +115,7 @@ def simulate(
     for s in sequences:
         accounts.ask(s.tenant, s.submitted_s, s.num_prompt, s.num_answer)
     engine = VirtualEngine(step_time, sizes, policy, planner=planner, on_token=on_token)
-    play(engine, sequences, each_step=each_step, wake_s=wake_s)
+    play(engine, sequences, each_step=each_step, pauses=pauses)
     record.answers = [
         Answer(
             s.tenant,

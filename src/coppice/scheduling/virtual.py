@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import inf
 from operator import attrgetter
+from typing import NamedTuple
 
 from coppice.cost import rows_within
 from coppice.scheduling.interfaces import Planner, SequenceView, Snapshot
@@ -78,6 +79,21 @@ class VirtualSequence:
 
 Batch = list[tuple[VirtualSequence, int]]
 """Sequences of a step and how many tokens each will have computed after it."""
+
+
+class Pauses(NamedTuple):
+    """What an engine's loop does between steps, in seconds.
+
+    Attributes:
+        wake_s: the first step after a rest takes so much longer.
+        submit_s: taking in a request.
+    """
+
+    wake_s: float = 0.0
+    submit_s: float = 0.0
+
+
+NO_PAUSES = Pauses()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,12 +272,9 @@ def play(
     *,
     each_step: Callable[[VirtualEngine], None] | None = None,
     until_s: float = inf,
-    wake_s: float = 0.0,
+    pauses: Pauses = NO_PAUSES,
 ) -> list[VirtualSequence]:
-    """Run arrivals, sorted by time, until all have ended or ``until_s``; all of them.
-
-    ``wake_s`` is what the first step after a rest takes longer.
-    """
+    """Run arrivals, sorted by time, until all have ended or ``until_s``; all of them."""
     pending = list(arrivals)
     at = 0
     while (at < len(pending) or engine.has_work) and engine.now < until_s:
@@ -269,10 +282,11 @@ def play(
         if rested:
             engine.now = pending[at].submitted_s
         while at < len(pending) and pending[at].submitted_s <= engine.now:
+            engine.now += pauses.submit_s
             engine.submit(pending[at])
             at += 1
         before = engine.steps
-        took = engine.step(wake_s if rested else 0.0)
+        took = engine.step(pauses.wake_s if rested else 0.0)
         idle = took == 0.0 and engine.steps > before
         if each_step is not None:
             each_step(engine)

@@ -246,13 +246,20 @@ class _Figures(Collector):
         steps = CounterMetricFamily(
             "coppice_tenant_step_seconds", "Part of the time of steps.", labels=labels
         )
+        wishes = CounterMetricFamily(
+            "coppice_tenant_deadlines",
+            "Sequences with a wish for time, by whether it was met.",
+            labels=[*labels, "result"],
+        )
         for used in stats.usage:
             owner = [used.tenant, used.key]
+            wishes.add_metric([*owner, "met"], used.deadlines_met)
+            wishes.add_metric([*owner, "missed"], used.deadlines_missed)
             for kind in KINDS:
                 tokens.add_metric([*owner, kind], getattr(used, f"{kind}_tokens"))
             pages.add_metric(owner, used.page_s)
             steps.add_metric(owner, used.step_s)
-        yield from (tokens, pages, steps)
+        yield from (tokens, pages, steps, wishes)
 
     def _refusals(self, name: str) -> Metric:
         family = CounterMetricFamily(

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from coppice.engine.config import EngineConfig
@@ -137,3 +138,48 @@ def test_a_file_that_cannot_be_written_stops_nobody(
     loop.inbox.put(Shutdown())
     loop.run()
     assert "usage was not written" in capfd.readouterr().err
+
+
+def test_wishes_for_time_are_counted_once_each_as_met_or_missed(model: EngineModel) -> None:
+    now = [0.0]
+    engine = Engine(model, CONFIG, clock=lambda: now[0])
+
+    def ask(i: int, **wishes: float) -> None:
+        engine.submit(msgspec.structs.replace(request(i, answer=4), tenant="t", key="k", **wishes))
+
+    def run(seconds_a_step: float) -> tuple[int, int]:
+        while engine.has_work:
+            engine.step()
+            now[0] += seconds_a_step
+        [used] = engine.meter.usage
+        return used.deadlines_met, used.deadlines_missed
+
+    ask(0)
+    assert run(1.0) == (0, 0), "no wish, nothing to meet"
+    ask(1, ttft_s=50.0, tpot_s=2.0, deadline_s=100.0)
+    ask(2, tpot_s=0.5)
+    ask(3, ttft_s=0.5)
+    ask(4, deadline_s=1.5)
+    assert run(1.0) == (1, 3)
+    ask(5, deadline_s=100.0)
+    engine.cancel("r5")
+    assert run(1.0) == (1, 3), "who went away has missed nothing"
+
+
+def test_a_clock_that_jumps_ends_what_is_due_and_harms_nothing_else(model: EngineModel) -> None:
+    now = [1000.0]
+    engine = Engine(model, replace(CONFIG, policy="isolated"), clock=lambda: now[0])
+    for i in range(6):
+        wish = 60.0 if i % 2 else None
+        engine.submit(msgspec.structs.replace(request(i), deadline_s=wish, tpot_s=wish))
+    ended: dict[str, str] = {}
+    for step in count():
+        now[0] += {3: -900.0, 8: 86_400.0}.get(step, 0.01)
+        for output in engine.step():
+            if output.finish_reason is not None:
+                ended[output.request_id] = output.finish_reason
+        if not engine.has_work:
+            break
+    assert ended == {f"r{i}": "expired" if i % 2 else "length" for i in range(6)}
+    engine.check_pages()
+    assert engine.stats().pages_used == 0

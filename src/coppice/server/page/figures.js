@@ -5,6 +5,7 @@ const SVG_HEIGHT = 40;
 const MAX_CELLS = 110;
 const MAX_DOTS = 48;
 const MAX_REQUESTS = 12;
+const MAX_TENANTS = 8;
 const at = (id) => document.getElementById(id);
 const count = (number) => Math.round(number).toLocaleString("en");
 
@@ -35,7 +36,7 @@ function cells(root, wanted, name) {
   }
 }
 
-export function drawQueue({ running, waiting, waiting_tokens: tokens, preemptions }) {
+export function drawQueue({ running, waiting, waiting_tokens: tokens, preemptions, waiting_for: why }) {
   at("running").textContent = count(running);
   at("waiting").textContent = count(waiting);
   at("strip-queue").textContent = !running && !waiting ? "idle"
@@ -44,10 +45,39 @@ export function drawQueue({ running, waiting, waiting_tokens: tokens, preemption
   cells(at("queue-dots"), shown, (index) => (index < running ? "dot decode" : "dot queued"));
   const parts = [];
   if (running + waiting > shown) parts.push(`${count(running + waiting - shown)} more`);
+  if (waiting && why) parts.push(`waiting: ${why}`);
   if (waiting && tokens) parts.push(`${count(tokens)} prompt tokens wait`);
   if (preemptions) parts.push(`${count(preemptions)} preemption${preemptions === 1 ? "" : "s"} so far`);
   at("queue-more").hidden = !parts.length;
   at("queue-more").textContent = parts.join(" · ");
+}
+
+/** What each tenant had of the steps' time, all its keys together, and its wishes for time. */
+export function drawTenants({ usage = [] }) {
+  const tenants = new Map();
+  for (const used of usage) {
+    const sum = tenants.get(used.tenant) ?? { seconds: 0, tokens: 0, met: 0, missed: 0 };
+    sum.seconds += used.step_s;
+    sum.tokens += used.prompt_tokens + used.generated_tokens;
+    sum.met += used.deadlines_met;
+    sum.missed += used.deadlines_missed;
+    tenants.set(used.tenant, sum);
+  }
+  const all = [...tenants.values()].reduce((sum, { seconds }) => sum + seconds, 0) || 1;
+  const most = [...tenants].sort((a, b) => b[1].seconds - a[1].seconds).slice(0, MAX_TENANTS);
+  const wished = most.some(([, { met, missed }]) => met || missed);
+  at("tenants").hidden = tenants.size < 2 && !wished;
+  at("tenant-list").replaceChildren(...most.map(([name, sum]) => {
+    const item = newRow(name, ["decode"]);
+    const [words, track] = item.children;
+    words.children[0].textContent = name;
+    const wishes = sum.met || sum.missed
+      ? ` · deadlines ${count(sum.met)} met, ${count(sum.missed)} missed` : "";
+    words.children[1].textContent = `${Math.round((100 * sum.seconds) / all)}%${wishes}`;
+    track.children[0].style.width = `${((100 * sum.seconds) / all).toFixed(2)}%`;
+    item.title = `${name}\n${count(sum.tokens)} tokens, ${seconds(sum.seconds)} of the steps' time`;
+    return item;
+  }));
 }
 
 /** How many pages a cell stands for: as few as leave a quarter of the cells for free pages. */
@@ -120,7 +150,7 @@ export function drawRequests({ now_s: now, requests }) {
   for (const gone of known.values()) gone.remove();
 }
 
-function newRow(id) {
+function newRow(id, phases = PHASES) {
   const item = document.createElement("li");
   item.dataset.id = id;
   const words = document.createElement("span");
@@ -128,7 +158,7 @@ function newRow(id) {
   words.append(document.createElement("span"), document.createElement("span"));
   const track = document.createElement("span");
   track.className = "track";
-  for (const phase of PHASES) {
+  for (const phase of phases) {
     const bar = document.createElement("i");
     bar.className = phase;
     track.append(bar);

@@ -1,7 +1,7 @@
 // The server's figures, asked for a few times a second while somebody looks.
 
 import { call } from "./client.js";
-import { drawPages, drawQueue, drawRequests, drawSpark } from "./figures.js";
+import { drawPages, drawQueue, drawRequests, drawSpark, drawTenants } from "./figures.js";
 import { drawTree } from "./tree.js";
 
 const BUSY_MS = 400;
@@ -61,6 +61,7 @@ export class Live {
     if (engine) {
       drawQueue(engine);
       drawPages(engine, info.model?.page_size);
+      drawTenants(engine);
       drawTree(engine);
     }
     if (info.timeline) drawRequests(info.timeline);

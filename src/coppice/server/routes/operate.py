@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 import coppice
+from coppice.engine.messages import StepStats
 from coppice.errors import NotFoundError
 from coppice.server.calls import REQUEST_ID
 from coppice.server.protocol.facts import CancelReply, Info
@@ -43,7 +45,7 @@ async def info(request: Request) -> Response:
                 **ledger.outcomes,
             },
             "promised": msgspec.to_builtins(admission.promised),
-            "engine": msgspec.to_builtins(engine.stats) if engine.stats else None,
+            "engine": _figures(engine.stats, tenant_of(request)) if engine.stats else None,
             "engine_restarts": engine.restarts,
             "engine_pid": engine.pid,
             "engine_start_s": engine.start_took_s,
@@ -51,6 +53,13 @@ async def info(request: Request) -> Response:
             "timeline": services.calls.timeline.view(tenant_of(request)),
         }
     )
+
+
+def _figures(stats: StepStats, tenant: str | None) -> dict[str, Any]:
+    """The engine's figures, with what each tenant used only for the tenant that asks."""
+    figures: dict[str, Any] = msgspec.to_builtins(stats)
+    figures["usage"] = [u for u in figures["usage"] if tenant in (None, u["tenant"])]
+    return figures
 
 
 @router.post("/v1/requests/{request_id}/cancel", response_model=CancelReply, responses=ERRORS)
