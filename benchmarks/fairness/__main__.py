@@ -215,20 +215,38 @@ def _greedy(report: Report, step_time: StepTime, num_pages: int) -> None:
         )  # fmt: skip
         record = replay(model, GREEDY_CONFIG, _greedy_load(rate, greed), policy=make_policy(name))
         for run, found in (("simulated", simulated), ("live", record)):
-            polite = [a.e2e for a in found.answers if a.tenant != "greedy"]
-            mean = statistics.mean(polite)
-            means[run, label, name] = mean
-            report.rows.append(
-                [run, name, f"{label}: polite e2e {mean * 1e3:.0f} ms", "",
-                 f"{found.tokens_per_s:.0f}", f"{found.seconds:.1f}"]
-            )  # fmt: skip
-            report.metrics[f"greedy {run} {name} {label}"] = mean
+            means[run, label, name] = _polite_row(report, (run, name, label), found)
     for run in ("live", "simulated"):
         solo = means[run, "nine alone", "isolated"]
         ratio = means[run, "and a greedy one", "isolated"] / solo
         report.goals.append(
             Goal.at_most(f"latency of nine beside a greedy tenant over solo, {run}", ratio, 1.10)
         )
+
+    try:
+        alone, beside = (
+            _polite_row(
+                report,
+                ("live", "llama.cpp server", label),
+                replay_llama(_greedy_load(rate, greed), GREEDY_CONFIG),
+            )
+            for label, greed in (("nine alone", 0.0), ("and a greedy one", 10.0))
+        )
+        report.metrics["greedy over solo, llama.cpp server"] = beside / alone
+    except FileNotFoundError as error:
+        report.metrics["llama_server"] = f"not run: {error}"
+
+
+def _polite_row(report: Report, name: tuple[str, str, str], record: Record) -> float:
+    """Mean latency of the polite tenants in a run, in seconds."""
+    run, policy, label = name
+    mean = statistics.mean(a.e2e for a in record.answers if a.tenant != "greedy")
+    report.rows.append(
+        [run, policy, f"{label}: polite e2e {mean * 1e3:.0f} ms", "",
+         f"{record.tokens_per_s:.0f}", f"{record.seconds:.1f}"]
+    )  # fmt: skip
+    report.metrics[f"greedy {run} {policy} {label}"] = mean
+    return mean
 
 
 def _greedy_load(rate: float, greed: float, seconds: float = 8.0) -> list[VirtualSequence]:
