@@ -12,7 +12,7 @@ from coppice.engine.sequence import Sequence
 from coppice.errors import ConfigError
 from coppice.models.load import LoadedModel, load_model
 from coppice.models.locate import BUNDLED, BUNDLED_DRAFT
-from coppice.scheduling import Grant, tokens_needed
+from coppice.scheduling import Grant, rows_of_guesses, tokens_needed
 from coppice.speculation import (
     Controller,
     DraftModel,
@@ -165,6 +165,6 @@ def trees_for(
             views.append(s)
     needs = {}
     if wishes:
-        step_s = cost.time(rows)
+        step_s = cost.time(rows + rows_of_guesses(views))
         needs = {s.arrival: tokens_needed(s, now, step_s) for s in views}
     return speculator.grow(views, rows=rows, spare=max(0, most_rows - rows), needs=needs)

@@ -5,6 +5,7 @@ runs both on a virtual clock; refuses to touch pages, tensors or the machine's c
 Invariant: a plan never grants more rows or pages than the snapshot says there are.
 """
 
+from coppice.scheduling.budget import rows_of_guesses
 from coppice.scheduling.interfaces import Grant, Plan, Planner, SequenceView, Snapshot
 from coppice.scheduling.planner import StepPlanner
 from coppice.scheduling.policy import Policy, make_policy
@@ -21,5 +22,6 @@ __all__ = [
     "Snapshot",
     "StepPlanner",
     "make_policy",
+    "rows_of_guesses",
     "tokens_needed",
 ]

@@ -98,6 +98,11 @@ class SequenceView(Protocol):
         ...
 
     @property
+    def tokens_a_step(self) -> float:
+        """Tokens a step has brought it on average: more than 1 where guesses came true."""
+        ...
+
+    @property
     def rank(self) -> Rank:
         """`RequestOrder.key`, taken once at submission: a preempted sequence keeps its place."""
         ...

@@ -39,6 +39,7 @@ class VirtualSequence:
         ended_s: when it ended; 0 before.
         fate: how: ``finished``, ``expired`` or ``cancelled``.
         recomputed: tokens computed more than once.
+        accepted: guesses among its tokens.
     """
 
     arrival: int
@@ -65,6 +66,7 @@ class VirtualSequence:
     fate: str = ""
     preemptions: int = 0
     recomputed: int = 0
+    accepted: int = 0
     held: list[int] = field(default_factory=list)
     jumps: bool = False
 
@@ -75,6 +77,12 @@ class VirtualSequence:
     def num_generated(self) -> int:
         """Answer tokens so far."""
         return self.num_tokens - self.num_prompt
+
+    @property
+    def tokens_a_step(self) -> float:
+        """Tokens a step has brought it on average."""
+        made = self.num_generated
+        return made / (made - self.accepted) if made > self.accepted else 1.0
 
 
 Batch = list[tuple[VirtualSequence, int]]

@@ -119,7 +119,8 @@ class Controller:
             sum(c**k for k in range(d + 1)) for c, d in zip(chances, depths, strict=True)
         )
         deepest, needed = max(depths, default=0), sum(depths)
-        best_rate = expected / (self._step_s(rows + needed) + deepest * pass_s)
+        others_s = self._others_s(rows, len(arrivals))
+        best_rate = expected / (self._step_s(rows + needed) - others_s + deepest * pass_s)
         best = list(depths)
         for taken in range(needed + 1, spare + 1):
             if not heap:
@@ -130,7 +131,7 @@ class Controller:
             deepest = max(deepest, depths[i])
             if depths[i] < self._max_depth:
                 heapq.heappush(heap, (chance * chances[i], i))
-            rate = expected / (self._step_s(rows + taken) + deepest * pass_s)
+            rate = expected / (self._step_s(rows + taken) - others_s + deepest * pass_s)
             if rate > best_rate:
                 best_rate, best = rate, list(depths)
         self._token_s = 1.0 / best_rate
@@ -170,13 +171,14 @@ class Controller:
         if not trees:
             return {}
         ordered = [best_first(t.parents, self.chances(t, a)) for a, t in trees.items()]
-        dearer, plain_s = self._dearer(), self._step_s(rows) / WORTH
+        dearer, others_s = self._dearer(), self._others_s(rows, sequences)
+        plain_s = (self._step_s(rows) - others_s) / WORTH
         counts = select(
             [chances for _, chances in ordered],
             [needs.get(arrival, 0.0) for arrival in trees],
             spare,
             most=self._max_depth,
-            step_s=lambda n: self._step_s(rows + n) * dearer if n else plain_s,
+            step_s=lambda n: self._step_s(rows + n) * dearer - others_s if n else plain_s,
             others=sequences - len(trees),
         )
         return {
@@ -186,6 +188,13 @@ class Controller:
             )
             if count
         }
+
+    def _others_s(self, rows: int, sequences: int) -> float:
+        """Seconds of a step that prompts take: they bring no tokens, and are worth them.
+
+        Counted as the price of this step's tokens, they would make any guess look cheap.
+        """
+        return self._step_s(rows) - self._step_s(min(rows, sequences))
 
     def step_took(self, rows: int, trees: int, seconds: float) -> None:
         """Learn what a step of so many rows with so many trees took."""

@@ -95,3 +95,13 @@ def test_who_is_late_speculates_where_it_does_not_pay_and_no_further() -> None:
         assert depths == [length, 0]
     late = controller.select(trees, sequences=2, rows=2, spare=20, needs={7: 9.0})
     assert len(late[7]) == 4, "as much as it can get"
+
+
+def test_prompts_in_the_step_make_no_guess_cheaper() -> None:
+    controller = Controller(lambda rows: 1.0 + 0.2 * rows, max_depth=8)
+    trees = {7: DraftTree.chain("x", range(8))}
+    alone = controller.select(trees, sequences=1, rows=1, spare=100)
+    beside = controller.select(trees, sequences=1, rows=300, spare=100)
+    assert 0 < len(alone[7]) == len(beside[7]) < 8
+    depths = [controller.depths("x", [7], rows=rows, spare=100, pass_s=0.0) for rows in (1, 300)]
+    assert depths[0] == depths[1] and 0 < depths[0][0] < 8
