@@ -10,6 +10,7 @@ from coppice.engine.config import EngineConfig
 from coppice.engine.loading import EngineModel, load_engine_model
 from tests.kits.invariance import (
     ARRANGEMENTS,
+    ITSELF,
     SCHEDULED,
     SPECULATED,
     TIERED,
@@ -96,6 +97,19 @@ def test_same_under_every_policy(
 ) -> None:
     requests = make_requests(model, NUM_REQUESTS, 1)
     assert outcomes(model, config, requests, arrangement, seed=5) == expected
+
+
+@pytest.mark.parametrize("config", ["int4-weight-only"], indirect=True)
+@pytest.mark.parametrize("arrangement", ITSELF, ids=str)
+def test_same_when_it_drafts_for_itself(
+    model: EngineModel,
+    config: EngineConfig,
+    expected: dict[str, Outcome],
+    arrangement: Arrangement,
+    tmp_path: Path,
+) -> None:
+    requests = make_requests(model, NUM_REQUESTS, 1)
+    assert outcomes(model, config, requests, arrangement, seed=5, folder=tmp_path) == expected
 
 
 def test_the_kit_notices_a_difference(

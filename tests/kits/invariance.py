@@ -78,6 +78,14 @@ SPECULATED = [
 ]
 
 
+ITSELF = [
+    Arrangement(False, 64, speculate="self"),
+    Arrangement(True, 64, True, False, "self"),
+    Arrangement(True, 7, True, True, "self"),
+    Arrangement(True, 64, True, True, "self", tier="restart"),
+]
+"""For weights the model can draft with itself."""
+
 SCHEDULED = [
     Arrangement(True, 64, i % 2 == 0, True, "off", policy, order)
     for i, (policy, order) in enumerate(

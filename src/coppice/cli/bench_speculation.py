@@ -19,7 +19,7 @@ from coppice.errors import ConfigError, EngineError
 if TYPE_CHECKING:
     from coppice.engine.engine import Engine
 
-WAYS: tuple[Speculate, ...] = ("off", "lookup", "suffix", "draft", "auto")
+WAYS: tuple[Speculate, ...] = ("off", "lookup", "suffix", "draft", "self", "auto")
 PAYS = 1.05
 """Gain below which the advice is to leave it off."""
 
@@ -130,7 +130,7 @@ def compare(
             wanted = replace(config, speculate=way, prefix_cache=False)
             engines[way] = Engine(model, wanted)
         except ConfigError:
-            if way != "draft":  # a model without a draft of its own
+            if way not in ("draft", "self"):  # no draft model, or weights of another kind
                 raise
     found = {way: Tally() for way in engines}
     for number, text in enumerate(track(texts, total=len(texts), label="Measuring")):

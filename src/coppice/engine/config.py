@@ -12,7 +12,7 @@ from coppice.settings import RoomConfig, cache_root, setting
 
 DType = Literal["auto", "float32", "bfloat16"]
 KVDType = Literal["auto", "int8"]
-Speculate = Literal["off", "auto", "lookup", "suffix", "draft"]
+Speculate = Literal["off", "auto", "lookup", "suffix", "draft", "self"]
 Verify = Literal["match", "chain", "mss", "swor"]
 Quantization = Literal[
     "none",
@@ -155,7 +155,8 @@ class EngineConfig(RoomConfig):
         "off",
         "Guess ahead and verify several tokens in one step, without changing any answer: "
         "'lookup' repeats what followed the same tokens in the request, 'suffix' also what "
-        "followed them in earlier answers, 'draft' asks a small model, 'auto' takes what pays.",
+        "followed them in earlier answers, 'draft' asks a small model, 'self' the model's own "
+        "'-weight-only' weights with int8 rows, 'auto' takes what pays.",
     )
     history_mib: int = setting(
         64,

@@ -121,6 +121,8 @@ class Engine:
         self.waiting_for = ""
         """Why the first in turn was not admitted by the last plan; empty when none waits."""
         self._speculator = speculator or make_speculator(config, model, self.cost, num_pages, draft)
+        if self._speculator is not None:
+            self._speculator.share(self._runner)
         self._totals: Counter[str] = Counter()
         self._seconds = {"model": 0.0, "draft": 0.0, "other": 0.0}
         self.outcomes: Counter[str] = Counter()

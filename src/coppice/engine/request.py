@@ -18,7 +18,7 @@ MAX_STOP_BYTES = 256
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 
-SpeculateHow = Literal["off", "auto", "lookup", "suffix", "draft"]
+SpeculateHow = Literal["off", "auto", "lookup", "suffix", "draft", "self"]
 GrammarKind = Literal["json_schema", "json_object", "regex", "grammar", "tools"]
 
 

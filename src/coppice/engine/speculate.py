@@ -10,6 +10,7 @@ from coppice.engine.config import EngineConfig
 from coppice.engine.loading import EngineModel, tokenizer_of
 from coppice.engine.sequence import Sequence
 from coppice.errors import ConfigError
+from coppice.models.decoder import Decoder as RealDecoder
 from coppice.models.load import LoadedModel, load_model
 from coppice.models.locate import BUNDLED, BUNDLED_DRAFT
 from coppice.scheduling import Grant, rows_of_guesses, tokens_needed
@@ -20,6 +21,7 @@ from coppice.speculation import (
     History,
     PromptLookup,
     Proposer,
+    SelfDraft,
     Speculator,
     SuffixProposer,
 )
@@ -48,7 +50,11 @@ def make_speculator(
         cost: what its steps take.
         num_pages: KV pages of the target; a draft model has as many of its own.
         draft: what `load_draft` gave.
-        on_trial: whether under ``auto`` a proposer rests that costs more than it saves.
+        on_trial: whether a proposer rests that costs more than it saves, under ``auto`` and
+            ``self``.
+
+    Raises:
+        ConfigError: the target cannot draft for itself and was asked to.
     """
     if config.speculate == "off":
         return None
@@ -60,12 +66,14 @@ def make_speculator(
         proposers.append(SuffixProposer(_history(config, model)))
     if draft is not None:
         proposers.append(_draft_model(config, draft, num_pages, controller.token_s))
+    if config.speculate == "self":
+        proposers.append(_self_draft(model))
     return Speculator(
         proposers,
         controller,
         model.facts.vocab_size,
         max_nodes=config.speculate_nodes,
-        on_trial=on_trial and config.speculate == "auto",
+        on_trial=on_trial and config.speculate in ("auto", "self"),
     )
 
 
@@ -119,6 +127,19 @@ def _draft_model(
         shape=None if config.verify == "match" else _shape_for(config.verify),
         token_s=token_s,
     )
+
+
+def _self_draft(model: EngineModel) -> SelfDraft:
+    decoder = model.decoder
+    quick = decoder.with_int8_rows() if isinstance(decoder, RealDecoder) else None
+    if quick is None:
+        raise ConfigError(
+            "speculate=self drafts with int8 rows on weights that are multiplied with float rows, "
+            f"but {model.facts.name!r} has {model.facts.weight_format} weights; choose a "
+            "quantization that ends in '-weight-only', or speculate by 'draft' or 'suffix'.",
+            param="speculate",
+        )
+    return SelfDraft(quick)
 
 
 def _shape_for(rule: Rule) -> Callable[[int, int], Shape]:

@@ -29,7 +29,7 @@ from coppice.engine.sequence import Sequence
 from coppice.kernels.rows import Rows
 from coppice.kernels.sampling import Mask, Workspace
 from coppice.scheduling import Grant
-from coppice.speculation import ROOT, DraftTree
+from coppice.speculation import ROOT, DraftTree, DraftView
 
 
 class Accept(Protocol):
@@ -216,6 +216,16 @@ class StepRunner:
                 return None
         vocab_size = walks[0].sequence.sampler.row.vocab_size
         return self._model.greedy(rows, self._pool, vocab_size)
+
+    @property
+    def pool(self) -> KVPool:
+        """See `coppice.speculation.interfaces.TargetPages`."""
+        return self._pool
+
+    def reserve(self, view: DraftView, num_tokens: int) -> list[int] | None:
+        """See `coppice.speculation.interfaces.TargetPages`."""
+        assert isinstance(view, Sequence)
+        return view.pages if self._prepare(view, num_tokens) else None
 
     def _prepare(self, sequence: Sequence, end: int) -> bool:
         """Make sure of pages for the first ``end`` tokens."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from coppice.kernels.formats import Activations
 from coppice.kernels.interface import Activation, Ops
 from coppice.weights import Linear
 
@@ -24,6 +25,10 @@ class FeedForward(Protocol):
 
     def linears(self) -> list[Linear]:
         """Its matrices."""
+        ...
+
+    def with_activations(self, activations: Activations) -> FeedForward:
+        """The same over the same packed weights; see `Linear.with_activations`."""
         ...
 
 
@@ -51,6 +56,11 @@ class GatedMLP:
     def linears(self) -> list[Linear]:
         """Its matrices."""
         return [self.gate_up, self.down]
+
+    def with_activations(self, activations: Activations) -> GatedMLP:
+        """The same over the same packed weights; see `Linear.with_activations`."""
+        gate_up, down = (each.with_activations(activations) for each in self.linears())
+        return GatedMLP(gate_up, down, self._ops, self._activation)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x [T, hidden]`` to ``[T, hidden]``, plus ``residual`` if given."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from coppice.kernels.formats import Activations
 from coppice.models.config import ExpertSpec
 from coppice.models.mlp import GatedMLP
 from coppice.weights import Linear
@@ -44,6 +45,11 @@ class ExpertMixture:
     def linears(self) -> list[Linear]:
         """Its matrices, the router's first."""
         return [self._router, *(linear for expert in self._experts for linear in expert.linears())]
+
+    def with_activations(self, activations: Activations) -> ExpertMixture:
+        """The same over the same packed weights; see `Linear.with_activations`."""
+        experts = [expert.with_activations(activations) for expert in self._experts]
+        return ExpertMixture(self._router.with_activations(activations), experts, self._spec)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x [T, hidden]`` to ``[T, hidden]``, plus ``residual`` if given."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from coppice.kernels.formats import Activations
 from coppice.models.mlp import FeedForward
 from coppice.weights import Linear
 
@@ -23,6 +24,15 @@ class LayerWeights:
     after_mlp: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+
+    def with_activations(self, activations: Activations) -> LayerWeights:
+        """The same over the same packed weights; see `Linear.with_activations`."""
+        return replace(
+            self,
+            qkv=self.qkv.with_activations(activations),
+            output=self.output.with_activations(activations),
+            mlp=self.mlp.with_activations(activations),
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,3 +62,14 @@ class DecoderWeights:
                 name = linear.format.name
                 found[name] = found.get(name, 0) + linear.shape[0] * linear.shape[1]
         return found
+
+    def with_activations(self, activations: Activations) -> DecoderWeights:
+        """The same over the same packed weights; see `Linear.with_activations`."""
+        embedding = self.embedding.with_activations(activations)
+        tied = self.head is self.embedding
+        return replace(
+            self,
+            embedding=embedding,
+            layers=[layer.with_activations(activations) for layer in self.layers],
+            head=embedding if tied else self.head.with_activations(activations),
+        )

@@ -9,6 +9,7 @@ from coppice.speculation.draft import DraftModel
 from coppice.speculation.history import History
 from coppice.speculation.interfaces import DraftView, Learner, Proposer
 from coppice.speculation.lookup import PromptLookup
+from coppice.speculation.self_draft import SelfDraft
 from coppice.speculation.speculator import Speculator
 from coppice.speculation.suffix import SuffixProposer
 from coppice.speculation.tree import ROOT, DraftTree, Drawn
@@ -24,6 +25,7 @@ __all__ = [
     "Learner",
     "PromptLookup",
     "Proposer",
+    "SelfDraft",
     "Speculator",
     "SuffixProposer",
 ]

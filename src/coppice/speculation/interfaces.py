@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from coppice.cache.pool import KVPool
 from coppice.kernels.sampling import RowParams
 from coppice.speculation.tree import DraftTree
 
@@ -62,6 +63,42 @@ class Proposer(Protocol):
 
     def forget(self, arrival: int) -> None:
         """The sequence has ended or lost its pages; unknown numbers are no error."""
+        ...
+
+
+@runtime_checkable
+class Priced(Protocol):
+    """A proposer whose passes cost more the more sequences are in them."""
+
+    def price(self, sequences: int) -> float:
+        """`Proposer.pass_s` for so many sequences; 0 while nothing is known."""
+        ...
+
+
+class TargetPages(Protocol):
+    """The target's KV pages, for a proposer that drafts in them.
+
+    Of a sequence that is about to decode all tokens but the last are in its pages. What is
+    written behind them counts for nothing: the step overwrites it before it reads it, and
+    only pages full of what a step wrote are ever shared or kept.
+    """
+
+    @property
+    def pool(self) -> KVPool:
+        """Where the pages are."""
+        ...
+
+    def reserve(self, view: DraftView, num_tokens: int) -> Sequence[int] | None:
+        """A sequence's pages, enough for so many tokens; None where there are not as many."""
+        ...
+
+
+@runtime_checkable
+class Sharer(Protocol):
+    """A proposer that drafts in the target's own KV pages."""
+
+    def share(self, pages: TargetPages) -> None:
+        """These they are; called before anything is proposed."""
         ...
 
 

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from coppice.speculation.control import NO_NEEDS, Controller
-from coppice.speculation.interfaces import DraftView, Learner, Proposer
+from coppice.speculation.interfaces import (
+    DraftView,
+    Learner,
+    Priced,
+    Proposer,
+    Sharer,
+    TargetPages,
+)
 from coppice.speculation.tree import DraftTree
 from coppice.speculation.trial import Trial
 
@@ -78,6 +85,12 @@ class Speculator:
         self._sequences = 0
         self._needs = NO_NEEDS
         self._skipped = False
+
+    def share(self, pages: TargetPages) -> None:
+        """Proposers that draft in the target's pages may use these."""
+        for proposer in self._proposers:
+            if isinstance(proposer, Sharer):
+                proposer.share(pages)
 
     def _is_late(self, arrival: int) -> bool:
         """Whether the step's own token is not enough for a sequence."""
@@ -260,8 +273,10 @@ class Speculator:
         grown: dict[int, DraftTree],
     ) -> list[int]:
         """Most nodes for each sequence; none where another's tree promises as much."""
-        control = self._controller
-        if proposer.pass_s == 0.0:
+        control, pass_s = self._controller, proposer.pass_s
+        if isinstance(proposer, Priced):
+            pass_s = proposer.price(len(views))
+        if pass_s == 0.0:
             most = self._max_nodes if proposer.branches and self._max_nodes else control.max_depth
             limits = [min(most, spare)] * len(views)
         else:
@@ -270,7 +285,7 @@ class Speculator:
                 [v.arrival for v in views],
                 rows=rows,
                 spare=spare,
-                pass_s=proposer.pass_s,
+                pass_s=pass_s,
                 needs=self._needs,
             )
             for i, view in enumerate(views):

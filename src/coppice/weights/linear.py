@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from coppice.errors import CheckpointError
-from coppice.kernels.formats import Format, Quantized, float_format
+from coppice.kernels.formats import Activations, Format, Quantized, float_format
 from coppice.kernels.interface import Ops, PackedLinear
+from coppice.weights.names import with_activations
 
 CODES = {(8, False): (-127, 127), (4, False): (-8, 7), (4, True): (0, 15)}
 """Least and greatest code, by bits and whether there are zero points."""
@@ -137,6 +138,16 @@ class Linear:
         format = format or float_format(weight.dtype)
         parts = [Part(weight, bias)]
         return cls.pack(ops, name, parts, shape=shape, format=format, bias=bias is not None)
+
+    def with_activations(self, activations: Activations) -> Linear:
+        """The very weight, not a copy, multiplied with other rows; itself where it is floats.
+
+        Packed codes lie the same way whatever they meet, so two layers share them.
+        """
+        if not self.format.quantized or self.format.activations == activations:
+            return self
+        form = with_activations(self.format, activations)
+        return Linear.from_tensors(self._ops, self.name, self.shape, form, self.tensors)
 
     @property
     def nbytes(self) -> int:

@@ -6,6 +6,8 @@ import torch
 from coppice.errors import CheckpointError
 from coppice.kernels import get_ops
 from coppice.weights import BF16, F32, Format, Linear, Part, Quantized
+from coppice.weights.names import integer_format
+from coppice.weights.rounding import round_to_nearest
 
 
 @pytest.fixture(params=["reference", "native"])
@@ -127,3 +129,37 @@ def test_quantized_parts_make_one_layer():
     layer = Linear.pack(ops, "qkv", map(Part, parts), shape=(4, 64), format=INT4)
     assert torch.equal(layer.dequant(), torch.cat([part.dequant() for part in parts]))
     assert layer.nbytes < 4 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "zero_points"),
+    [(8, 0, False), (8, 32, False), (4, 32, False), (4, 128, False), (4, 64, True)],
+)
+def test_one_weight_meets_float_and_int8_rows(ops, bits, group, zero_points):
+    """The codes packed for one kind of rows are those of the other: no second copy is made."""
+    torch.manual_seed(0)
+    forms = {
+        rows: integer_format(bits, group, zero_points=zero_points, activations=rows)
+        for rows in ("float", "int8")
+    }
+    weight = round_to_nearest(torch.randn(37, 256), forms["float"])
+    x = torch.randn(5, 256)
+    layers = {
+        rows: Linear.pack(ops, "w", [Part(weight)], shape=(37, 256), format=form)
+        for rows, form in forms.items()
+    }
+    assert not torch.equal(layers["float"](x), layers["int8"](x))
+    for rows, layer in layers.items():
+        other = "int8" if rows == "float" else "float"
+        turned = layer.with_activations(other)
+        assert turned.format == forms[other]
+        assert torch.equal(turned(x), layers[other](x))
+        assert {t.data_ptr() for t in turned.tensors.values()} == {
+            t.data_ptr() for t in layer.tensors.values()
+        }
+        assert layer.with_activations(rows) is layer
+
+
+def test_floats_meet_nothing_but_floats(ops):
+    layer = Linear.from_tensor(ops, "w", torch.randn(16, 32))
+    assert layer.with_activations("int8") is layer
