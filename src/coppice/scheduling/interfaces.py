@@ -126,6 +126,8 @@ class Snapshot:
         max_rows: rows one step may have.
         max_sequences: sequences that may run at once.
         prefill_chunk: most rows one sequence may get in a step.
+        kept: of ``num_available``, pages worth more to sessions whose tool runs than to those
+            that wait: while anything runs, nobody is admitted on them.
     """
 
     running: Sequence[SequenceView]
@@ -136,6 +138,7 @@ class Snapshot:
     max_rows: int
     max_sequences: int
     prefill_chunk: int
+    kept: int = 0
 
 
 class Grant(NamedTuple):
@@ -242,7 +245,11 @@ class Admission(Protocol):
         ...
 
     def feedback(self, kv_pressure: float, cpu_pressure: float, now: float) -> None:
-        """Loads between 0 and 1 (above: wanted but not there)."""
+        """A turn ended or a session came. Loads between 0 and 1 (above: wanted but not there)."""
+        ...
+
+    def leave(self, session: str) -> None:
+        """The session is over, or given up for lost; one that returns is gated anew."""
         ...
 
 
@@ -261,8 +268,12 @@ class Retention(Protocol):
         """Whether to keep them for now."""
         ...
 
+    def on_end(self, session: str, now: float, *, returned: bool) -> None:
+        """The pause is over: the next turn came, or never will."""
+        ...
+
     def rank(self, session: str, now: float) -> float:
-        """Worth of keeping, seconds saved a page; the smallest goes first."""
+        """Worth of keeping, seconds saved a second and page; the smallest goes first."""
         ...
 
 

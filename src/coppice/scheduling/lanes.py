@@ -108,6 +108,7 @@ class VirtualLanes:
 
     def _fill(self) -> None:
         """Begin a step in each idle lane, or a mixed one where there is no partition."""
+        self.engine.let_in()
         begun = []
         if self._partition is not None:
             for name, other in (("decode", "prefill"), ("prefill", "decode")):

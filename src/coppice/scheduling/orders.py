@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from math import inf
 
 from coppice.scheduling.interfaces import Rank, SequenceView
+
+MOST_SESSIONS = 4096
+"""Sessions whose service is remembered; the one not heard of longest is forgotten first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +62,45 @@ class ByDeadline:
         wish = sequence.ttft_s
         due = inf if wish is None else sequence.submitted_s + wish
         return (sequence.priority, due, sequence.arrival)
+
+
+@dataclass(slots=True)
+class BySessionService:
+    """Feedback levels by what a session has had, continuations first, waiting makes up for it.
+
+    A session begins at level 0 and sinks by one when it had ``quantum * 2^level`` tokens there. A
+    level is worth ``ageing_s`` seconds of waiting and a first turn half of that, so nobody
+    starves: whoever has waited that much longer goes first. Requests of no session are first
+    turns. Reorders inside a tenant only.
+
+    Attributes:
+        quantum: tokens, prompt and answer.
+        ageing_s: see above.
+
+    Source: MARS (2026), agent-centric order, after multi-level feedback queues.
+    """
+
+    quantum: int = 4096
+    ageing_s: float = 10.0
+    _sessions: OrderedDict[str, tuple[int, int]] = field(default_factory=OrderedDict)
+
+    def key(self, sequence: SequenceView) -> Rank:
+        """See `RequestOrder`."""
+        behind = self._level(sequence)
+        return (
+            sequence.priority,
+            sequence.submitted_s + behind * self.ageing_s,
+            sequence.arrival,
+        )
+
+    def _level(self, sequence: SequenceView) -> float:
+        session, tokens = sequence.session, sequence.num_prompt
+        if not session:
+            return 0.5
+        known = self._sessions.pop(session, None)
+        served, last = known or (0, 0)
+        # What the prompt has more than the last one was computed since; a shorter one, anew.
+        self._sessions[session] = (served + tokens - (last if tokens >= last else 0), tokens)
+        if len(self._sessions) > MOST_SESSIONS:
+            self._sessions.popitem(last=False)
+        return 0.5 if known is None else math.floor(math.log2(1 + served / self.quantum))

@@ -117,7 +117,8 @@ class _Hall:
         self._grants = grants
         self._rows = left.rows - sum(grant.num_rows for grant in grants)
         self._slots = left.places
-        self._available = left.pages
+        # Where nothing runs, what is kept for others is for the taking: somebody gets on.
+        self._available = left.pages - (snapshot.kept if snapshot.running else 0)
         # A page each for the decodes beside it, so as not to evict at once.
         self._headroom = len(grants)
         self._max_overtaken = max_overtaken

@@ -15,7 +15,7 @@ from coppice.scheduling.flows import (
     RoundRobin,
     check_weight,
 )
-from coppice.scheduling.interfaces import FlowOrder, RequestOrder
+from coppice.scheduling.interfaces import Admission, FlowOrder, RequestOrder, Retention
 from coppice.scheduling.isolation import IsolatedCounters
 from coppice.scheduling.orders import ByAgedPriority, ByArrival, ByDeadline, ShortestPrompt
 
@@ -33,10 +33,14 @@ class Policy:
     Attributes:
         flows: who is next among tenants.
         order: who is next inside a tenant.
+        admission: which sessions may begin; None lets all.
+        retention: whose pages stay while a tool runs; None keeps them as long as any prefix.
     """
 
     flows: FlowOrder = field(default_factory=InOrder)
     order: RequestOrder = field(default_factory=ByArrival)
+    admission: Admission | None = None
+    retention: Retention | None = None
 
 
 def make_policy(

@@ -20,7 +20,8 @@ from coppice.scheduling.interfaces import Planner, SequenceView, Snapshot
 from coppice.scheduling.planner import StepPlanner
 from coppice.scheduling.policy import Policy
 from coppice.scheduling.queue import FlowQueues
-from coppice.scheduling.virtual_pages import VirtualPages
+from coppice.scheduling.sessions import Sessions
+from coppice.scheduling.virtual_pages import BLOCK_TOKENS, VirtualPages
 
 StepTime = Callable[[int, int, int], float]
 """Seconds of a step of ``(rows, keys, sequences)``; keys are cached tokens its rows attend to."""
@@ -35,6 +36,7 @@ class VirtualSequence:
     Attributes:
         num_answer: tokens after which it ends.
         blocks: names of equal prefixes, see `VirtualPages`; empty shares nothing.
+        tool: what its session is expected to call when it ends.
         deadline_s: seconds from arrival after which it expires.
         ended_s: when it ended; 0 before.
         fate: how: ``finished``, ``expired`` or ``cancelled``.
@@ -53,6 +55,7 @@ class VirtualSequence:
     tpot_s: float | None = None
     deadline_s: float | None = None
     blocks: tuple[int, ...] = ()
+    tool: str = ""
     num_tokens: int = 0
     num_computed: int = 0
     num_pages: int = 0
@@ -115,6 +118,7 @@ class Sizes:
     prefill_chunk: int = 256
     max_step_s: float = inf
     prefix_cache: bool = True
+    block_tokens: int = BLOCK_TOKENS
 
 
 class VirtualEngine:
@@ -145,14 +149,19 @@ class VirtualEngine:
         self.planner = planner or StepPlanner(_Cost(step_time))
         self.waiting = FlowQueues(self.policy.flows)
         self.running: list[VirtualSequence] = []
-        self.pages = VirtualPages(self.sizes.num_pages, self.sizes.page_size)
+        sizes = self.sizes
+        self.pages = VirtualPages(sizes.num_pages, sizes.page_size, sizes.block_tokens)
+        self.sessions: Sessions[VirtualSequence] = Sessions(
+            self.pages, sizes.page_size, self.policy.admission, self.policy.retention
+        )
+        self.pages.victims = lambda: self.sessions.victims(self.now)
         self.now = 0.0
         self.steps = 0
         self.preemptions = 0
         self.why = ""
         self._deadlines: list[tuple[float, int, VirtualSequence]] = []
         self._on_token = on_token
-        self._on_end = on_end
+        self.on_end = on_end
 
     @property
     def has_work(self) -> bool:
@@ -165,7 +174,12 @@ class VirtualEngine:
         if sequence.deadline_s is not None:
             due = sequence.submitted_s + sequence.deadline_s
             heapq.heappush(self._deadlines, (due, sequence.arrival, sequence))
-        self.waiting.push(sequence)
+        if self.sessions.arrive(sequence, self.now):
+            self.waiting.push(sequence)
+
+    def end_session(self, session: str) -> None:
+        """A session's last turn is over, or nobody waits for its next."""
+        self.sessions.end(session, self.now)
 
     def cancel(self, sequence: VirtualSequence, fate: str = "cancelled") -> None:
         """End a sequence wherever it is."""
@@ -173,8 +187,9 @@ class VirtualEngine:
             return
         if sequence in self.waiting:
             self.waiting.remove(sequence)
-        else:
+        elif sequence in self.running:
             self._leave(sequence)
+        self.sessions.cancelled(sequence, self.now)
         self._end(sequence, fate)
 
     def snapshot(self) -> Snapshot:
@@ -189,12 +204,14 @@ class VirtualEngine:
             max_rows=sizes.max_rows,
             max_sequences=sizes.max_sequences,
             prefill_chunk=sizes.prefill_chunk,
+            kept=self.sessions.kept(self.waiting, self.now),
         )
 
     def step(self, extra_s: float = 0.0) -> float:
         """Plan and carry out one step; the seconds it took, ``extra_s`` among them."""
         while self._deadlines and self._deadlines[0][0] <= self.now:
             self.cancel(heapq.heappop(self._deadlines)[2], "expired")
+        self.let_in()
         batch = self.begin(self.snapshot())
         rows = keys = 0
         for sequence, end in batch:
@@ -205,6 +222,11 @@ class VirtualEngine:
         self.now += took
         self.commit(batch)
         return took
+
+    def let_in(self) -> None:
+        """Queue the first turns the gate lets pass by now."""
+        for sequence in self.sessions.let_in(self.now):
+            self.waiting.push(sequence)
 
     def begin(self, snapshot: Snapshot) -> Batch:
         """Plan, preempt, admit and take pages; what is to be computed."""
@@ -244,6 +266,7 @@ class VirtualEngine:
         if not self.pages.attach(sequence, use_cache=self.sizes.prefix_cache):
             return False
         self.waiting.remove(sequence)
+        self.sessions.entered(sequence)
         insort(self.running, sequence, key=_rank)
         if not sequence.scheduled_s:
             sequence.scheduled_s = self.now or 1e-12
@@ -263,6 +286,8 @@ class VirtualEngine:
         if self._on_token is not None:
             self._on_token(sequence, self.now)
         if sequence.num_generated >= sequence.num_answer:
+            if sequence.session:
+                self.sessions.pause(sequence, sequence.tool, self.now)
             self._leave(sequence)
             self._end(sequence, "finished")
 
@@ -270,8 +295,8 @@ class VirtualEngine:
         sequence.fate = fate
         sequence.ended_s = self.now
         self.policy.flows.charge(sequence, "ended", 0, self.now)
-        if self._on_end is not None:
-            self._on_end(sequence, self.now)
+        if self.on_end is not None:
+            self.on_end(sequence, self.now)
 
 
 def play(

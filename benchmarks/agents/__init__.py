@@ -1,0 +1,1 @@
+"""Sessions of agents: admission, order and pages while tools run."""
