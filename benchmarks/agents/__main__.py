@@ -2,7 +2,7 @@
 
 Sessions of tau-bench and SWE-agent arrive at random on the engine's planner over a virtual L20
 that serves Llama-3 8B with KV for a part of them; tools share 16 places. Load 1 is the rate at
-which the same engine with KV for everybody ends 600 sessions that all come at once. The plain engine
+which the same engine with KV for everybody ends 600 sessions that all come at once. The plain one
 is first come first served with the least recently used prefix out first.
 """
 

@@ -143,9 +143,8 @@ class Sessions(Generic[S]):
                 break
             self.end(session, now)
         found: list[S] = []
-        if self._admission is None:
-            return found
-        for arrival, sequence in list(self.outside.items()):
+        while self.outside and self._admission is not None:
+            arrival, sequence = next(iter(self.outside.items()))
             if not self._admission.gate(sequence.session):
                 break
             del self.outside[arrival]
@@ -214,22 +213,21 @@ class Sessions(Generic[S]):
         if self._retention is None or not self._paused or not waiting:
             return 0
         price = len(waiting) / pages_for(waiting.num_tokens, self._page_size)
-        return sum(
+        worth = sum(
             pause.pages
             for session, pause in self._paused.items()
             if pause.returned_s is None
             and pause.pages
             and self._retention.rank(session, now) >= price
         )
+        return min(worth, self._pages.num_kept)  # some of them may have been taken by now
 
     def next_loss_s(self) -> float:
         """When the longest pause ends the session."""
         pause = next(iter(self._paused.values()), None)
-        return (
-            inf
-            if pause is None or pause.returned_s is not None
-            else pause.began_s + self._lost_after_s
-        )
+        if pause is None or pause.returned_s is not None:
+            return inf
+        return pause.began_s + self._lost_after_s
 
     def _place(self, session: str, now: float) -> tuple[float, float]:
         back = self._paused[session].returned_s

@@ -134,6 +134,24 @@ def test_pages_of_the_paused_give_way_to_what_is_let_in() -> None:
     engine.pages.check(engine.running)
 
 
+def test_a_cancelled_turn_leaves_its_session_time_to_come_back() -> None:
+    engine = engine_of(all_of_it())
+    turns = [Turn(100, 10, "look", 1.0), Turn(30, 50)]
+    agent = Agent(index=0, begins_s=0.0, turns=turns)
+    driver = AgentDriver(engine, [agent])
+    engine.on_end = None
+    driver._send(agent)
+    engine.step()
+    engine.cancel(agent.sequences[0])
+    assert engine.sessions.num_inside == engine.sessions.num_paused == 1
+    assert engine.pages.num_used == 0
+    engine.now = engine.sessions.next_loss_s()
+    engine.let_in()
+    assert engine.sessions.num_inside == engine.sessions.num_paused == 0
+    engine.end_session("agent-0")
+    engine.end_session("never heard of")
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_pauses_cancels_and_losses_leak_no_page(seed: int) -> None:
     rng = random.Random(seed)
