@@ -11,10 +11,12 @@ from coppice.scheduling.agents import Agent, AgentDriver, Turn
 from coppice.scheduling.flows import FairCounters, InOrder
 from coppice.scheduling.interfaces import Retention
 from coppice.scheduling.orders import ByArrival, BySessionService
+from coppice.scheduling.planner import StepPlanner
 from coppice.scheduling.policy import Policy
 from coppice.scheduling.retention import AlwaysDrop, AlwaysKeep, ByHazard
 from coppice.scheduling.virtual import Sizes, VirtualEngine
 from coppice.scheduling.window import SessionWindow
+from tests.kits.schedule import CheckedPlanner
 
 PAGE = 16
 
@@ -159,6 +161,7 @@ def test_random_pauses_cancels_and_losses_leak_no_page(seed: int) -> None:
     flows = FairCounters({}) if seed % 2 else InOrder()
     order = BySessionService() if seed % 3 else ByArrival()
     engine = engine_of(Policy(flows, order, SessionWindow(), retention), 90)
+    engine.planner = CheckedPlanner(StepPlanner(), conserves=False)
     agents = crowd(30, 3.0, seed)
     for agent in agents:
         agent.tenant = f"tenant-{rng.randrange(3)}"
