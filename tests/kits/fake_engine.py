@@ -32,6 +32,7 @@ from coppice.engine.messages import (
     StepStats,
     Submit,
     TokenLogprob,
+    Usage,
     decode_to_engine,
     encode,
 )
@@ -70,6 +71,7 @@ class FakeEngine:
         self.vocab_size = int(options["vocab_size"])
         self.context = int(options.get("context_length", 2048))
         self.live: list[Sequence] = []
+        self.usage: dict[str, Usage] = {}
         self.generated = self.steps = self.prompt_tokens = self.drafted = self.accepted = 0
         self.buffer = b""
         self.replayed = False
@@ -113,6 +115,8 @@ class FakeEngine:
             os._exit(9)
         self.replayed |= bool(progress)
         self.prompt_tokens += len(request.prompt)
+        used = self.usage.setdefault(request.tenant, Usage(tenant=request.tenant, key=request.key))
+        used.prompt_tokens += len(request.prompt)
         self.live += [
             Sequence(request, index=p.index, tokens=len(p.tokens))
             for p in progress or map(Progress, range(request.sampling.n))
@@ -205,6 +209,7 @@ class FakeEngine:
             prefix_queried_tokens=0, prefix_hit_tokens=0, preemptions=0,
             drafted=self.drafted, accepted=self.accepted, model_s=0.0, other_s=0.0,
             prefill_rate_tok_s=0.0, outcomes={},
+            usage=list(self.usage.values()),
         )  # fmt: skip
 
 

@@ -122,6 +122,22 @@ def test_one_tenant_cannot_cancel_anothers_request(keyed: ServerProcess) -> None
         reply.close()
 
 
+def test_a_key_sees_what_its_own_tenant_used_and_no_other(keyed: ServerProcess) -> None:
+    for key in ("ann-secret", "bob-secret"):
+        body = {"prompt": "abc", "max_tokens": 1}
+        assert get(keyed, "/v1/completions", key, method="POST", json=body).status_code == 200
+
+    def seen(key: str) -> set[str]:
+        usage = get(keyed, "/v1/coppice/info", key).json()["engine"]["usage"]
+        return {used["tenant"] for used in usage}
+
+    deadline = time.monotonic() + 10
+    while not (seen("ann-secret") and seen("bob-secret")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert seen("ann-secret") == {"a"}
+    assert seen("bob-secret") == {"b"}
+
+
 def test_unknown_host_and_foreign_origin_are_refused(keyed: ServerProcess) -> None:
     rebound = get(keyed, "/health/live", None)
     assert rebound.status_code == 200
