@@ -57,6 +57,9 @@ class CheckedPlanner:
         return plan
 
     def _check(self, snapshot: Snapshot, plan: Plan) -> None:
+        flows, over = snapshot.waiting.flows, set[str]()
+        if isinstance(flows, IsolatedCounters):
+            over = flows.over({s.tenant for s in snapshot.running})
         granted = [id(g.sequence) for g in plan.grants]
         assert len(set(granted)) == len(granted), "a sequence twice in one plan"
         assert sum(g.num_rows for g in plan.grants) <= snapshot.max_rows
@@ -72,9 +75,10 @@ class CheckedPlanner:
         assert len(snapshot.running) + len(plan.admit) <= snapshot.max_sequences
         if snapshot.running:
             assert plan.grants, "nobody gets on"
-            assert id(snapshot.running[0]) not in preempted, "the first in order must stay"
+            first = next(s for s in snapshot.running if s.tenant not in over)
+            assert id(first) not in preempted, "the first in order must stay"
         left = self._check_pages(snapshot, plan)
-        self._check_gaps(snapshot, plan, set(granted) | preempted)
+        self._check_gaps(snapshot, over, set(granted), preempted)
         self._check_waits(snapshot, plan)
         self._check_conservation(snapshot, plan, left)
 
@@ -93,17 +97,15 @@ class CheckedPlanner:
             assert left >= 0, "pages granted that are not there"
         return left
 
-    def _check_gaps(self, snapshot: Snapshot, plan: Plan, served: set[int]) -> None:
-        """A decode that keeps its pages waits for no more than one step."""
-        flows = snapshot.waiting.flows
-        over = set()
-        if isinstance(flows, IsolatedCounters):
-            over = flows.over({s.tenant for s in snapshot.running})
+    def _check_gaps(
+        self, snapshot: Snapshot, over: set[str], granted: set[int], preempted: set[int]
+    ) -> None:
+        """A decode that keeps its pages waits for no more than one step, if not over a share."""
         gaps = {}
         for s in snapshot.running:
             if s.tenant in over:
-                assert id(s) not in served or s in plan.preempt
-            elif s.num_tokens - s.num_computed == 1 and id(s) not in served:
+                assert id(s) not in granted
+            elif s.num_tokens - s.num_computed == 1 and id(s) not in granted | preempted:
                 gaps[s.arrival] = self._gaps.get(s.arrival, 0) + 1
         self._gaps = gaps
         assert max(gaps.values(), default=0) < 2, "a decode was left out twice"

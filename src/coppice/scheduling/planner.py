@@ -270,13 +270,14 @@ def _make_room(grants: list[Grant], snapshot: Snapshot) -> tuple[int, list[Seque
     """Drop victims until what stays has its pages; pages left, and the victims.
 
     The lowest band goes first, in it the one with least to recompute for a page it frees, of
-    equals the last in order. The first in order always stays: somebody gets on.
+    equals the last in order. The first in order that has rows always stays: somebody gets on.
     """
     need = {id(g.sequence): _new_pages(g, snapshot.page_size) for g in grants}
     missing = sum(need.values()) - snapshot.num_available
     if missing <= 0:
         return -missing, []
-    order = sorted(snapshot.running[1:], key=_loss)
+    first = next(s for s in snapshot.running if id(s) in need)
+    order = sorted((s for s in snapshot.running if s is not first), key=_loss)
     preempted: list[SequenceView] = []
     for victim in order:
         if missing <= 0:

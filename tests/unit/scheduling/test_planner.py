@@ -132,3 +132,15 @@ def test_queues_know_what_is_in_them() -> None:
     assert two in queues
     with pytest.raises(KeyError):
         queues.remove(one)
+
+
+def test_where_the_first_in_order_sits_out_the_one_that_has_rows_stays() -> None:
+    """Found by the long fuzz: all that had rows left for pages, and the step was empty."""
+    policy = make_policy("isolated")
+    greedy, polite = view(33, 32, 2, 0), view(33, 32, 2, 1)
+    greedy.tenant, polite.tenant = "greedy", "polite"
+    policy.flows.charge(greedy, "admitted", 1000, 0.0)
+    policy.flows.charge(polite, "admitted", 10, 0.0)
+    plan = StepPlanner().plan(snapshot([greedy, polite], available=0, policy=policy))
+    assert [g.sequence.tenant for g in plan.grants] == ["polite"]
+    assert [s.tenant for s in plan.preempt] == ["greedy"]
