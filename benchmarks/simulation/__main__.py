@@ -2,7 +2,8 @@
 
 Two traces, Azure's conversations (lengths divided by 4) and VTC's clients, each played live and
 on the virtual clock with step times measured just before and just after, because a shared
-machine's speed drifts (``drift`` is the second over the first). Arrivals are paced to keep the
+machine's speed drifts (``drift`` is the second over the first). A live run in which that was more
+than a tenth is played again, at most twice, whatever came of it. Arrivals are paced to keep the
 engine busy without a queue that only grows.
 """
 
@@ -30,6 +31,7 @@ TRACES = {
     "vtc": ("vtc_fairness/arena_clients.csv", 1.0, 5.0),
 }
 """File, divisor of lengths, pace."""
+MOST_DRIFT, TRIES = 0.1, 3
 
 
 def main() -> int:
@@ -47,13 +49,17 @@ def main() -> int:
         arrivals = read_trace(DATA / file)[: 60 if args.quick else 300]
 
         sequences = partial(as_sequences, arrivals, divide=divide, pace=pace, max_context=context)
-        before = steps
-        live = replay(model, CONFIG, sequences())
-        steps = measured_steps(model, CONFIG)
+        for tries in range(1, TRIES + 1):
+            before = steps
+            live = replay(model, CONFIG, sequences())
+            steps = measured_steps(model, CONFIG)
+            drift = _drift(before, steps)
+            if all(abs(ratio - 1) <= MOST_DRIFT for ratio in drift.values()):
+                break
         step_time, pauses = between(before, steps)
         sizes = sizes_of(num_pages, CONFIG)
         virtual = simulate(sequences(), step_time, sizes, pauses=pauses)
-        report.metrics[name] = {"drift": _drift(before, steps), **steps.metrics()}
+        report.metrics[name] = {"drift": drift, "tries": tries, **steps.metrics()}
         _compare(report, name, live, virtual)
     return report.finish()
 
