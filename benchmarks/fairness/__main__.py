@@ -92,7 +92,7 @@ def _simulated_trace(
         policy = make_policy(name, limit=2, pool_tokens=num_pages * 32)
         record = simulate(trace(), step_time, sizes_of(num_pages, CONFIG), policy)
         _row(report, "simulated", name, record)
-    fcfs, fair = (report.metrics[f"simulated {name}"] for name in ("fcfs", "fair"))
+    fcfs, fair = (report.metrics[f"simulated {name}"][0] for name in ("fcfs", "fair"))
     for what in ("most", "mean"):
         label = "maximum" if what == "most" else "average"
         report.goals.append(
@@ -137,9 +137,6 @@ def _differences(record: Record) -> Differences:
 
 def _row(report: Report, run: str, name: str, record: Record) -> None:
     found = _differences(record)
-    report.metrics[f"{run} {name}"] = {
-        "most": found.most, "mean": found.mean, "tok_s": record.tokens_per_s,
-    }  # fmt: skip
     report.rows.append(
         [
             run,
