@@ -40,7 +40,8 @@ def start(model: EngineModel, **settings: Any) -> Engine:
     config = replace(CONFIG, **settings)
     if config.speculate == "off":
         return Engine(model, config)
-    speculator = make_speculator(config, model, FreeRows(), num_pages=1)
+    # No trial: how much is guessed must not depend on how busy the machine is.
+    speculator = make_speculator(config, model, FreeRows(), num_pages=1, on_trial=False)
     return Engine(model, config, speculator=speculator)
 
 
