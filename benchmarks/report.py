@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -70,14 +71,23 @@ class Report:
             "commit": _commit(),
             "machine": machine(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "metrics": self.metrics,
-            "goals": [asdict(goal) for goal in self.goals],
+            "metrics": _plain(self.metrics),
+            "goals": _plain([asdict(goal) for goal in self.goals]),
         }
         RESULTS.mkdir(exist_ok=True)
         name = f"{self.benchmark}-{machine()['name']}.json"
-        (RESULTS / name).write_text(json.dumps(document, indent=1) + "\n")
-        print(json.dumps(document))
+        (RESULTS / name).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        print(json.dumps(document, allow_nan=False))
         return 0 if all(goal.met for goal in self.goals) else 1
+
+
+def _plain(value: Any) -> Any:
+    """As strict JSON has it: figures there are none of are null."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def machine() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -87,6 +87,11 @@ class Run:
                                             f"in {made.answered_s:.2f} s")  # fmt: skip
 
 
+def _longest_refusal_s(levels: Sequence[dict[str, Any]]) -> float:
+    """The p99 of refusals at the level where it is longest; NaN, and no goal met, without any."""
+    return max((x for each in levels if not math.isnan(x := each["refusal_s"])), default=math.nan)
+
+
 def goals_of(figures: dict[str, Any]) -> list[Goal]:
     """Coppice's goals, of the shapes that ran."""
     goals: list[Goal] = []
@@ -94,7 +99,7 @@ def goals_of(figures: dict[str, Any]) -> list[Goal]:
         peak, last = max(each["goodput"] for each in levels), levels[-1]
         goals += [
             Goal.at_least("load.goodput_at_3x_of_peak", last["goodput"] / peak, 0.9),
-            Goal.at_most("load.refusal_p99_ms", 1e3 * last["refusal_s"], 50),
+            Goal.at_most("load.refusal_p99_ms", 1e3 * _longest_refusal_s(levels), 50),
             Goal.at_most(
                 "load.ttft_p99_at_3x_of_0.7x", last["ttft_p99_s"] / levels[0]["ttft_p99_s"], 2
             ),

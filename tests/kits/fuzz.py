@@ -8,8 +8,8 @@ line printed names the mutation.
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
 import tempfile
 import tracemalloc
 from collections.abc import Callable
@@ -190,7 +190,12 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
 
 def main() -> int:
     """Try them all."""
-    kind, count, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    parser = argparse.ArgumentParser(prog="tests.kits.fuzz", description=__doc__)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("count", type=int, help="mutations")
+    parser.add_argument("seed", type=int)
+    args = parser.parse_args()
+    kind, count, seed = args.kind, args.count, args.seed
     make, open_ = KINDS[kind]
     with tempfile.TemporaryDirectory() as name:
         path = make(Path(name))

@@ -150,13 +150,13 @@ def test_what_is_no_socket_is_never_removed(path: Path) -> None:
 def test_a_stranger_of_the_machine_cannot_open_it(path: Path) -> None:
     made = AdminSocket(path)
     if os.getuid() == 0:
+        path.parent.chmod(0o755)
         child = os.fork()
         if child == 0:
             os.setgid(65534)
             os.setuid(65534)
             with socket.socket(socket.AF_UNIX) as probe:
                 os._exit(probe.connect_ex(str(path)) != 13)  # EACCES
-        path.parent.chmod(0o755)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     made.close()
