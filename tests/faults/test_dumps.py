@@ -99,7 +99,9 @@ def test_a_death_leaves_a_dump_that_names_requests_and_holds_no_text(
 
 def test_an_engine_that_others_end_blames_nobody(tmp_path: Path) -> None:
     settings = {"dump_dir": str(tmp_path / "dumps")}
-    with ServerProcess(SMALL, server=settings) as server:  # a real one: it ends as it is told
+    with ServerProcess(
+        SMALL, start_timeout_s=90, server=settings
+    ) as server:  # a real one: it ends as it is told
         kill_engine(server, signal.SIGTERM)
         server.wait_until(lambda info: info["engine_restarts"] == 1)
     ((head,),) = read(tmp_path / "dumps")

@@ -192,3 +192,18 @@ def test_a_reader_that_stands_still_parks_its_request_and_loses_nothing(
                 texts[choice["index"]] += choice["text"]
     whole = complete(bundled, max_tokens=1900, n=4, extra_body={"ignore_eos": True})
     assert texts == {choice.index: choice.text for choice in whole.choices}
+
+
+def test_only_what_a_client_asked_for_counts_as_a_deadline(bundled: ServerProcess) -> None:
+    def ended_and_wished(info: dict[str, Any]) -> tuple[int, int]:
+        usage = info["engine"]["usage"]
+        wished = sum(u["deadlines_met"] + u["deadlines_missed"] for u in usage)
+        return sum(u["sequences"] for u in usage), wished
+
+    complete(bundled)
+    bundled.wait_idle()
+    ended, wished = ended_and_wished(bundled.info())
+    complete(bundled)
+    bundled.wait_until(lambda info: ended_and_wished(info) == (ended + 1, wished))
+    complete(bundled, extra_body={"deadline_s": 60})
+    bundled.wait_until(lambda info: ended_and_wished(info) == (ended + 2, wished + 1))

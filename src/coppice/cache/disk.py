@@ -146,6 +146,7 @@ class DiskTier:
             if key.mark not in self._asked and key.mark not in self._staged:
                 self.ask([key])
                 if self._full and key.mark not in self._asked and key.mark not in self._queue:
+                    self._changed.wait(wait_s)
                     return key in self and self._moves  # after what others asked for
             if not self._changed.wait_for(lambda: key.mark not in self._asked, wait_s):
                 return self._moves

@@ -104,14 +104,17 @@ def _owner(sequence: Sequence) -> Owner:
 
 def _met(sequence: Sequence, now: float) -> bool | None:
     """Whether an ended sequence had what it wished for; None where that has no answer."""
-    wishes = (sequence.request.deadline_s, sequence.ttft_s, sequence.tpot_s)
-    if wishes == (None, None, None) or sequence.finish_reason in ("cancelled", "failed"):
+    request = sequence.request
+    deadline = request.deadline_s is not None and request.wants_deadline
+    wishes = deadline, sequence.ttft_s is not None, sequence.tpot_s is not None
+    if not any(wishes) or sequence.finish_reason in ("cancelled", "failed"):
         return None
     if sequence.finish_reason == "expired":
         return False
     waited = sequence.first_token_s - sequence.submitted_s
     later = len(sequence.tokens) - sequence.first_tokens
-    in_time = sequence.ttft_s is None or waited <= sequence.ttft_s
+    begun_here = sequence.first_tokens <= sequence.num_prompt + 1  # else another engine knew
+    in_time = sequence.ttft_s is None or not begun_here or waited <= sequence.ttft_s
     if sequence.tpot_s is None or later == 0:
         return in_time
     return in_time and (now - sequence.first_token_s) / later <= sequence.tpot_s

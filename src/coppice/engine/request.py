@@ -112,6 +112,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         cache_salt: scope of prefix sharing; requests share KV only within one salt.
         deadline_s: seconds from arrival after which the request expires with its partial
             output kept.
+        wants_deadline: whether that was asked for, or is a bound of the server's.
         speculate: whether the engine, where it guesses ahead at all, may do so for this one,
             or the only way in which it may; its tokens are the same either way. With ``off``
             nothing of its answer is remembered for later guesses.
@@ -136,6 +137,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     session: str = ""
     ttft_s: float | None = None
     tpot_s: float | None = None
+    wants_deadline: bool = True
 
     def __post_init__(self) -> None:
         for name in ("deadline_s", "ttft_s", "tpot_s"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ MAX_UNREAD = 1024
 GIVE_UP_AFTER = 5
 """Starts in vain after which live requests are failed; new starts go on."""
 TICK_S = 1.0
-MEMORY_TICKS = 8
+MEMORY_TICKS = 3
 """Ticks a process may take to give its memory back, from the kernel's counting it as killed for
 want of memory to the end of its socket."""
 STACKS_S = 0.5
@@ -57,7 +58,7 @@ class AsyncEngine:
     Args:
         command: the engine's command line without ``--socket``.
         hang_s: silence after which a loaded engine is ended and started again; 0 is never.
-        on_output: called with each output, before it is queued (metrics).
+        on_output: called with each output, once it is queued (metrics).
         dumps: where to write what was in an engine that died.
 
     Invariant: every submitted request gets, for each of its choices, exactly one output
@@ -329,6 +330,8 @@ class AsyncEngine:
                 refused = ConfigError(process.fatal.message, code=process.fatal.code)
                 return Death(refused, lasting=True)
             return Death(EngineDeadError(process.fatal.message, code=process.fatal.code))
+        if process.terminated and status == -signal.SIGTERM:
+            status = 0  # that was us, and not why it stopped talking
         return by_status(
             status,
             hung=self.silence.hung,

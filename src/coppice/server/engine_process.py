@@ -48,6 +48,7 @@ class EngineProcess:
         self._frames = self._read()
         self._first: FromEngine | None = None
         self.left = False
+        self.terminated = False
 
     @property
     def pid(self) -> int:
@@ -151,6 +152,7 @@ class EngineProcess:
         self.send(Shutdown())
         for stop, wait_s in ((None, grace_s), (self._process.terminate, 1.0)):
             if stop is not None:
+                self.terminated = True
                 with contextlib.suppress(ProcessLookupError):
                     stop()
             with contextlib.suppress(TimeoutError):

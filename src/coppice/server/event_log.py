@@ -11,10 +11,11 @@ nobody has read no more than that is made.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ from coppice.server.stream import CLOSING, Piece
 PLACE = r"^([0-9]{1,9}(\.[0-9]{1,9}){0,2999})?$"
 CHUNK_BYTES = 64 << 10
 KEPT_BYTES = 4 << 20
+LOOK_S = 0.5
+"""How often a log that nobody reads is asked whether it is over."""
 
 
 class EventLog:
@@ -67,11 +70,12 @@ class EventLog:
             self._events.append(_Event(slot, self._counts[slot], data, self._made_bytes))
         self._news.set()
 
-    async def room(self) -> None:
-        """Wait until more may be made."""
-        while self._bounded and self._made_bytes - self._read_bytes > KEPT_BYTES:
+    async def room(self, over: Callable[[], bool]) -> None:
+        """Wait until more may be made, or nothing but the end is to come."""
+        while self._bounded and self._made_bytes - self._read_bytes > KEPT_BYTES and not over():
             self._was_read.clear()
-            await self._was_read.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._was_read.wait(), LOOK_S)
 
     def take_all(self) -> None:
         """Wait for readers no longer: what comes now is the end."""
@@ -91,12 +95,15 @@ class EventLog:
             NotFoundError: it is so far back that what follows is no longer held.
         """
         place = self._read_place(text) if text else [0] * self._slots
+        self._require_held(place)
+        return place
+
+    def _require_held(self, place: Sequence[int]) -> None:
         if any(place[slot] < dropped for slot, dropped in self._dropped.items()):
             raise NotFoundError(
                 f"Of what was sent, the last {KEPT_BYTES >> 20} MiB are kept, and this place is "
                 "before them. Send the request anew.", param="after", code="not_resumable",
             )  # fmt: skip
-        return place
 
     def _read_place(self, text: str) -> list[int]:
         if re.fullmatch(PLACE, text) is None or text.count(".") != self._slots - 1:
@@ -111,7 +118,9 @@ class EventLog:
 
         Raises:
             TakenOverError: another reader came.
+            NotFoundError: what follows was dropped since the place was read.
         """
+        self._require_held(seen)
         me = self._reader = object()
         self._news.set()  # wakes the one before
         at = self._first

@@ -55,6 +55,11 @@ class Resumable:
     ended: float | None = None
     leaving: asyncio.TimerHandle | None = None
 
+    def is_over(self) -> bool:
+        """Whether it was ended, or its time is up: nobody is waited for then."""
+        call = self.running
+        return call is None or call.cancelled is not None or time.monotonic() >= call.deadline
+
     @property
     def size_bytes(self) -> int:
         """What it takes, in memory or in the journal."""
@@ -180,7 +185,7 @@ class Resumables:
             async with aclosing(known.log.read(seen)) as chunks:
                 async for chunk in chunks:
                     yield chunk
-        except TakenOverError as error:
+        except (NotFoundError, TakenOverError) as error:
             yield event(error_body(error, known.request_id), "error") + DONE
         finally:
             if not known.log.read_by_somebody:
@@ -226,7 +231,7 @@ class Resumables:
             async with aclosing(pieces):
                 async for batch in pieces:
                     known.log.extend(batch)
-                    await known.log.room()
+                    await known.log.room(known.is_over)
         except Exception:
             log.exception("%s: its events could not be made", known.call)
             error = EngineError("The answer could not be made; the server's log says why.")

@@ -181,6 +181,7 @@ async def _requests(
                 key=call.key.name,
                 ttft_s=body.ttft_s,
                 tpot_s=body.tpot_s,
+                wants_deadline=body.deadline_s is not None,
             )
         )
     pages = max(-(-len(request.prompt) // facts.page_size) for request in requests)

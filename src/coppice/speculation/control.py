@@ -178,7 +178,7 @@ class Controller:
             [needs.get(arrival, 0.0) for arrival in trees],
             spare,
             most=self._max_depth,
-            step_s=lambda n: self._step_s(rows + n) * dearer - others_s if n else plain_s,
+            step_s=lambda n: (self._step_s(rows + n) - others_s) * dearer if n else plain_s,
             others=sequences - len(trees),
         )
         return {

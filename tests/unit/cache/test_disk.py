@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,9 +40,17 @@ def taken(tier: DiskTier, keys: Sequence[PageKey]) -> int:
 
 
 @pytest.fixture
-def tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DiskTier:
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The tier's clock: it goes when a test says so."""
+    clock = [100.0]
+    monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    return clock
+
+
+@pytest.fixture
+def tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: list[float]) -> DiskTier:
+    del now
     monkeypatch.setattr(room, "STAGED_BYTES", 4 * FORM.page_bytes)
-    monkeypatch.setattr(room, "GIVE_UP_S", 0.5)
     store = SegmentStore(tmp_path, FORM, bound_bytes=1 << 20, max_age_s=60.0)
     tier = DiskTier(lambda: store, FORM.page_bytes)
     for tenant in "ab":
@@ -64,10 +73,12 @@ def test_the_second_prompt_waits_for_the_first_and_takes_nothing_from_it(tier: D
     tier.close()
 
 
-def test_what_nobody_takes_makes_room(tier: DiskTier) -> None:
-    tier.ask(chain("a", 4))
-    second = chain("b", 4)
-    wait(lambda: not tier.reading(second[0], 0.01))
+def test_what_nobody_takes_makes_room(tier: DiskTier, now: list[float]) -> None:
+    first, second = chain("a", 4), chain("b", 4)
+    tier.ask(first)
+    wait(lambda: not tier.reading(first[-1], 0.01))
+    assert tier.reading(second[0], 0.0)
+    now[0] += 1.0
     tier.ask(second)
     wait(lambda: not tier.reading(second[-1], 0.01))
     assert taken(tier, second) == 4

@@ -144,7 +144,7 @@ def test_wishes_for_time_are_counted_once_each_as_met_or_missed(model: EngineMod
     now = [0.0]
     engine = Engine(model, CONFIG, clock=lambda: now[0])
 
-    def ask(i: int, **wishes: float) -> None:
+    def ask(i: int, **wishes: Any) -> None:
         engine.submit(msgspec.structs.replace(request(i, answer=4), tenant="t", key="k", **wishes))
 
     def run(seconds_a_step: float) -> tuple[int, int]:
@@ -164,6 +164,8 @@ def test_wishes_for_time_are_counted_once_each_as_met_or_missed(model: EngineMod
     ask(5, deadline_s=100.0)
     engine.cancel("r5")
     assert run(1.0) == (1, 3), "who went away has missed nothing"
+    ask(5, deadline_s=1.5, wants_deadline=False)
+    assert run(1.0) == (1, 3), "the server's own bound is nobody's wish"
 
 
 def test_a_clock_that_jumps_ends_what_is_due_and_harms_nothing_else(model: EngineModel) -> None:

@@ -116,7 +116,7 @@ def test_pages_hold_the_targets_own_values_after_every_step(model: EngineModel, 
     assert isinstance(decoder, Decoder)
     engine = start(model, kv_cache_dtype=kv)
     submit(engine, model)
-    pool, steps, twin = engine._runner.pool, 0, decoder.with_int8_rows()
+    pool, steps, checked, twin = engine._runner.pool, 0, 0, decoder.with_int8_rows()
     assert twin is not None
     while engine.has_work:
         engine.step()
@@ -127,6 +127,8 @@ def test_pages_hold_the_targets_own_values_after_every_step(model: EngineModel, 
             assert torch.equal(held, prefilled(decoder, pool, tokens))
             # Had the draft's values been left, this would have told:
             assert not torch.equal(held, prefilled(twin, pool, tokens))
+            checked += 1
+    assert checked
     assert engine.speculated["accepted"] > 40
     assert engine.speculated["faults"] == 0
     engine.check_pages()

@@ -107,7 +107,7 @@ def test_a_long_stream_is_held_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
         async def fill() -> None:
             for number in range(2000):
                 log.extend([(0, f"data: {number}\n\n".encode())])
-                await log.room()
+                await log.room(lambda: False)
             log.end()
 
         filling = asyncio.create_task(fill())
@@ -137,12 +137,46 @@ def test_who_is_given_up_need_not_wait_for_a_reader(monkeypatch: pytest.MonkeyPa
     async def play() -> None:
         log = EventLog(1)
         log.extend([(0, b"x" * 20)])
-        waiting = asyncio.create_task(log.room())
+        waiting = asyncio.create_task(log.room(lambda: False))
         await asyncio.sleep(0)
         assert not waiting.done()
         log.take_all()
         await waiting
         log.extend([(0, b"x" * 20)])
-        await log.room()
+        await log.room(lambda: False)
+
+    asyncio.run(asyncio.wait_for(play(), 10))
+
+
+def test_what_is_over_waits_for_no_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_log, "KEPT_BYTES", 10)
+    monkeypatch.setattr(event_log, "LOOK_S", 0.01)
+
+    async def play() -> None:
+        log, over = EventLog(1), asyncio.Event()
+        log.extend([(0, b"x" * 20)])
+        waiting = asyncio.create_task(log.room(over.is_set))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        over.set()
+        await waiting
+
+    asyncio.run(asyncio.wait_for(play(), 10))
+
+
+def test_a_place_that_is_dropped_before_it_is_read_is_an_error_and_no_gap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(event_log, "KEPT_BYTES", 100)
+
+    async def play() -> None:
+        log = EventLog(1)
+        log.extend([(0, b"x" * 20)] * 50)
+        log.end()
+        late = log.read(log.place("1"))
+        async for _ in log.read(log.place(None)):
+            pass
+        with pytest.raises(NotFoundError):
+            await anext(late)
 
     asyncio.run(asyncio.wait_for(play(), 10))

@@ -72,8 +72,9 @@ class Engine:
 
 
 def test_who_hangs_the_engine_is_found_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "PROBATION_S", 0.05)
-    monkeypatch.setattr(replay, "GETS_ON_S", 0.04)
+    monkeypatch.setattr(replay, "PROBATION_S", 1.0)
+    monkeypatch.setattr(replay, "GETS_ON_S", 0.3)
+    monkeypatch.setattr(replay, "PROBATION_TOKENS", 10**6)
     hung = by_status(-9, hung=True, out_of_memory=False, worked=True)
 
     async def play() -> None:
@@ -87,14 +88,14 @@ def test_who_hangs_the_engine_is_found_and_no_other(monkeypatch: pytest.MonkeyPa
         engine.replay.engine_ready()
         assert engine.replay.alone is hanger
         engine.route(Output(request_id="hanger", index=0, tokens=[1]))  # and then nothing
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.6)
         assert engine.replay.alone is hanger, "silence is not innocence"
         engine.replay.engine_died(hung)
         assert engine.ended["hanger"].error is not None
         assert engine.ended["hanger"].error[0] == "poisoned"
         engine.replay.engine_ready()
         assert engine.replay.alone is other
-        for _ in range(8):  # slow, and alive
+        for _ in range(500):  # slow, and alive
             await asyncio.sleep(0.02)
             engine.route(Output(request_id="other", index=0, tokens=[1]))
             if engine.replay.alone is None:

@@ -105,3 +105,15 @@ def test_prompts_in_the_step_make_no_guess_cheaper() -> None:
     assert 0 < len(alone[7]) == len(beside[7]) < 8
     depths = [controller.depths("x", [7], rows=rows, spare=100, pass_s=0.0) for rows in (1, 300)]
     assert depths[0] == depths[1] and 0 < depths[0][0] < 8
+
+
+@pytest.mark.parametrize("dearer", [0.8, 0.9, 1.3])
+def test_however_dear_steps_with_trees_are_prompts_do_not_decide(dearer: float) -> None:
+    controller = Controller(lambda rows: 1.0 + 0.2 * rows, max_depth=8)
+    for _ in range(400):
+        controller.step_took(4, 0, controller.plain_s(4) if _ == 0 else 1.8)
+        controller.step_took(4, 2, 1.8 * dearer)
+    trees = {7: DraftTree.chain("x", range(8))}
+    alone = controller.select(trees, sequences=1, rows=1, spare=100)
+    beside = controller.select(trees, sequences=1, rows=300, spare=100)
+    assert {a: len(t) for a, t in alone.items()} == {a: len(t) for a, t in beside.items()}
