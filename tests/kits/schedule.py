@@ -40,7 +40,6 @@ class CheckedPlanner:
         self._conserves = conserves
         self._gaps: dict[int, int] = {}
         self._waits: dict[int, Wait] = {}
-        self.most_jumped = 0
         self.crowded = 0
         """Plans that left somebody waiting although rows and places were left."""
 
@@ -126,7 +125,6 @@ class CheckedPlanner:
         }
         for wait in self._waits.values():
             wait.jumped += sum(later(s, wait.sequence) for s in plan.admit)
-            self.most_jumped = max(self.most_jumped, wait.jumped)
             assert wait.jumped <= MAX_OVERTAKEN * (1 + wait.ahead), "passed over without end"
             assert wait.sequence.overtaken <= MAX_OVERTAKEN
 

@@ -117,12 +117,6 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
-    def tokens_a_step(self) -> float:
-        """Tokens a step has brought it on average."""
-        made = self.num_generated
-        return made / (made - self.accepted) if made > self.accepted else 1.0
-
-    @property
     def num_pages(self) -> int:
         """Pages held."""
         return len(self.pages)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from math import inf
 
 from coppice.scheduling.interfaces import CostModel, SequenceView, Snapshot
-from coppice.scheduling.slo import next_token_due
+from coppice.scheduling.slo import next_token_due, tokens_a_step
 
 LATE_IS_LOST = 2.0
 """A sequence behind its line by more than so many token times does not shorten steps: it
@@ -28,7 +28,7 @@ def rows_in_time(snapshot: Snapshot, cost: CostModel, prefill_share: float) -> i
     due = inf
     for sequence in snapshot.running:
         if sequence.tpot_s is not None:
-            last = next_token_due(sequence) + sequence.tpot_s * (sequence.tokens_a_step - 1)
+            last = next_token_due(sequence) + sequence.tpot_s * (tokens_a_step(sequence) - 1)
             if last + LATE_IS_LOST * sequence.tpot_s > snapshot.now:
                 due = min(due, last)
     if due == inf:
@@ -41,4 +41,4 @@ def rows_in_time(snapshot: Snapshot, cost: CostModel, prefill_share: float) -> i
 
 def rows_of_guesses(sequences: Iterable[SequenceView]) -> int:
     """Rows that guesses for these will take in a step, by those there were."""
-    return round(ROWS_A_GUESS * sum(s.tokens_a_step - 1.0 for s in sequences))
+    return round(ROWS_A_GUESS * sum(tokens_a_step(s) - 1.0 for s in sequences))

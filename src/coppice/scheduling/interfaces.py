@@ -98,8 +98,8 @@ class SequenceView(Protocol):
         ...
 
     @property
-    def tokens_a_step(self) -> float:
-        """Tokens a step has brought it on average: more than 1 where guesses came true."""
+    def accepted(self) -> int:
+        """How many of its tokens were guessed ahead."""
         ...
 
     @property

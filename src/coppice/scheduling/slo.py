@@ -20,6 +20,12 @@ def next_token_due(sequence: SequenceView) -> float:
     return sequence.first_token_s + sequence.tpot_s * (later + 1)
 
 
+def tokens_a_step(sequence: SequenceView) -> float:
+    """Tokens a step has brought it on average: more than 1 where guesses came true."""
+    made = sequence.num_tokens - sequence.num_prompt
+    return made / (made - sequence.accepted) if made > sequence.accepted else 1.0
+
+
 def tokens_needed(sequence: SequenceView, now: float, step_s: float) -> float:
     """Tokens the next step must bring for a sequence to be on its line when it ends.
 

@@ -81,12 +81,6 @@ class VirtualSequence:
         """Answer tokens so far."""
         return self.num_tokens - self.num_prompt
 
-    @property
-    def tokens_a_step(self) -> float:
-        """Tokens a step has brought it on average."""
-        made = self.num_generated
-        return made / (made - self.accepted) if made > self.accepted else 1.0
-
 
 Batch = list[tuple[VirtualSequence, int]]
 """Sequences of a step and how many tokens each will have computed after it."""

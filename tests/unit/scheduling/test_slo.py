@@ -8,7 +8,7 @@ import pytest
 
 from coppice.scheduling import FlowQueues, Policy, Snapshot, rows_of_guesses
 from coppice.scheduling.budget import rows_in_time
-from coppice.scheduling.slo import next_token_due, tokens_needed
+from coppice.scheduling.slo import next_token_due, tokens_a_step, tokens_needed
 from coppice.scheduling.virtual import VirtualSequence
 
 
@@ -50,6 +50,6 @@ def test_who_gets_several_tokens_from_a_step_can_wait_longer_for_it() -> None:
     )  # fmt: skip
     assert rows_in_time(snapshot, RowsOfAMillisecond(), 0.0) == 100, "the next one is due at 1.6"
     s.accepted = 4  # six tokens in two steps
-    assert s.tokens_a_step == 3.0
+    assert tokens_a_step(s) == 3.0
     assert rows_of_guesses([s]) == 3
     assert rows_in_time(snapshot, RowsOfAMillisecond(), 0.0) == 300 - 3
