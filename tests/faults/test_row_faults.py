@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 import torch
 
+from coppice.engine import llm as llm_module
 from coppice.engine import step as step_module
 from coppice.engine.config import EngineConfig
 from coppice.engine.engine import Engine
 from coppice.engine.grammar_state import GrammarState
+from coppice.engine.llm import LLM
 from coppice.engine.loading import EngineModel, load_engine_model
-from coppice.engine.request import Grammar, Request
+from coppice.engine.request import Grammar, Request, SamplingParams
+from tests.kits import broken_text
+from tests.kits.accounts import require_idle_and_whole
+from tests.kits.broken_text import BUG, END, PANIC, SCORES, SECRET, UNREADABLE, BrokenAssembler
 from tests.kits.invariance import Outcome, make_requests, run
+from tests.kits.load import BODIES, CHAT, COMPLETE, STORY, Body, ask
 from tests.kits.models import SMALL
+from tests.kits.server import ServerProcess
 
 CONFIG = EngineConfig(model=SMALL, max_sequences=16)
 GUILTY = 4242  # the seed of requests that something goes wrong over
@@ -186,3 +195,109 @@ def test_a_keyboard_interrupt_is_no_row_fault(
     with pytest.raises(KeyboardInterrupt):
         while engine.has_work:
             engine.step()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A real engine behind a front end whose tokenizer fails over some requests."""
+    settings = {"journal": str(tmp_path_factory.mktemp("journal"))}
+    engine = {"kv_cache_mib": 64, "max_sequences": 16}
+    with ServerProcess(SMALL, engine=engine, server=settings, program=broken_text.__name__) as made:
+        yield made
+
+
+def doomed(fault: int) -> list[Body]:
+    """Requests over which detokenizing raises, on both routes."""
+    common = {"seed": fault, "max_tokens": 12, "ignore_eos": True, "n": 2}
+    said = [{"role": "user", "content": STORY}]
+    return [
+        (COMPLETE, {"prompt": STORY, "logprobs": 2, **common}),
+        (CHAT, {"messages": said, "logprobs": True, "top_logprobs": 2, **common}),
+    ]
+
+
+def failure(http: httpx.Client, body: Body, how: str) -> tuple[str, int]:
+    """Send a request whose answer cannot be made text: the error's code, and events before it."""
+    path, fields = body
+    if how == "whole":
+        reply = http.post(path, json=fields)
+        assert reply.status_code == 500 and SECRET not in reply.text
+        return reply.json()["error"]["code"], 0
+    headers = {"X-Resumable": "true"} if how == "resumable" else {}
+    reply = http.post(path, json=fields | {"stream": True}, headers=headers)
+    assert reply.headers.get("x-resumable", "false") == headers.get("X-Resumable", "false")
+    assert reply.status_code == 200 and SECRET not in reply.text
+    events = [line[6:] for line in reply.text.splitlines() if line.startswith("data: ")]
+    assert events.pop() == "[DONE]"
+    return msgspec.json.decode(events[-1])["error"]["code"], len(events) - 1
+
+
+def test_an_answer_that_cannot_be_made_text_fails_alone(server: ServerProcess) -> None:
+    """Whole, streamed and resumable, each beside neighbours who notice nothing."""
+    neighbours = [(body, stream) for body in BODIES[:12] + BODIES[-4:-2] for stream in (0, 1)]
+    crowd: list[tuple[Body, str]] = [
+        (body, how) for fault in (BUG, PANIC, SCORES, END) for body in doomed(fault)
+        for how in ("whole", "stream", "resumable")
+    ]  # fmt: skip
+
+    def one(item: Any) -> Any:
+        with server.http() as http:
+            body, how = item
+            return failure(http, body, how) if isinstance(how, str) else ask(http, body, stream=how)
+
+    with ThreadPoolExecutor(4) as pool:
+        expected = list(pool.map(one, neighbours))
+    before = require_idle_and_whole(server)["outcomes"]
+    mixed = [*neighbours, *crowd]
+    random.Random(5).shuffle(mixed)
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(one, mixed))
+    for item, wanted in zip(neighbours, expected, strict=True):
+        assert found[mixed.index(item)] == wanted, item
+    failed = [found[mixed.index(item)] for item in crowd]
+    assert {code for code, _ in failed} == {"row_fault"}
+    assert any(events > 1 for _, events in failed), "none failed in the middle of its answer"
+    after = require_idle_and_whole(server)["outcomes"]
+    assert after["failed"] == before["failed"] + len(crowd)
+    assert after["finished"] == before["finished"] + len(neighbours)
+    assert SECRET in "".join(server.log), "the log says why"
+
+
+def test_a_text_the_tokenizer_panics_over_fails_alone(server: ServerProcess) -> None:
+    before = require_idle_and_whole(server)["outcomes"]
+    bodies = (
+        ("/tokenize", {"prompt": UNREADABLE}), (COMPLETE, {"prompt": UNREADABLE}),
+        ("/tokenize", {"prompt": UNREADABLE * 999}), (COMPLETE, {"prompt": UNREADABLE * 999}),
+    )  # fmt: skip
+    with server.http() as http:
+        for path, body in bodies:
+            reply = http.post(path, json=body)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (500, "engine_error")
+            assert SECRET not in reply.text
+        assert http.post(COMPLETE, json={"prompt": "The sea"}).status_code == 200
+    assert require_idle_and_whole(server)["outcomes"]["failed"] == before["failed"] + 2
+
+
+@pytest.mark.parametrize("fault", [BUG, PANIC, END])
+def test_without_a_server_it_is_the_prompts_own_answer_that_fails(
+    monkeypatch: pytest.MonkeyPatch, fault: int
+) -> None:
+    llm = LLM(model=SMALL)
+    prompts = [STORY, "The sea", "A ship", "Red"]
+    seeds = (1, fault, 3, 4)
+    params = [SamplingParams(seed=seed, max_tokens=20, ignore_eos=True) for seed in seeds]
+    expected = llm.generate(prompts, params)
+    real = llm_module.assembler_for
+    monkeypatch.setattr(
+        llm_module, "assembler_for",
+        lambda tokenizer, params: BrokenAssembler.of(real(tokenizer, params), params.seed),
+    )  # fmt: skip
+    found = llm.generate(prompts, params)
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        mine, wanted = one.outputs[0], other.outputs[0]
+        if index == 1:
+            assert mine.finish_reason == "failed" and SECRET not in str(mine.stop_reason)
+            assert wanted.text.startswith(mine.text)
+        else:
+            assert (mine.text, mine.token_ids) == (wanted.text, wanted.token_ids)
+    assert llm._engine.stats().pages_used == 0

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 
-INTERVAL_S = 0.1
+INTERVAL_S, PEAK_INTERVAL_S = 0.1, 0.005
 SUMMED = ("Rss", "Pss", "Anonymous")
 VANISHED = (FileNotFoundError, ProcessLookupError)
 """What reading /proc says of a process that has ended meanwhile."""
@@ -59,6 +59,50 @@ def lives(process: psutil.Process) -> bool:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+class Peaks(threading.Thread):
+    """The most memory each of some processes holds while it is entered, as the kernel counts it.
+
+    No short-lived peak is missed, but for the last moments of one that ends.
+
+    Args:
+        pids: says which processes; asked again and again, as they come and go.
+
+    Attributes:
+        before: resident memory at the beginning by process id, MiB.
+        most: the most since then; of those that came later, too.
+    """
+
+    def __init__(self, pids: Callable[[], list[int]]) -> None:
+        super().__init__(daemon=True)
+        self._pids, self._over = pids, threading.Event()
+        self.before: dict[int, float] = {}
+        self.most: dict[int, float] = {}
+
+    def __enter__(self) -> Peaks:
+        for pid in self._pids():
+            self.before[pid] = memory_mib(pid)["Rss"]
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # forgets the peak so far
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+        self._sample()
+
+    def run(self) -> None:
+        """Sample until it is left."""
+        while not self._over.wait(PEAK_INTERVAL_S):
+            self._sample()
+
+    def _sample(self) -> None:
+        for pid in self._pids():
+            with suppress(*VANISHED):
+                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+                peak = [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")]
+                self.most[pid] = max([self.most.get(pid, 0.0), *peak])
 
 
 class Watch:

@@ -44,6 +44,8 @@ class ServerProcess:
         server: server settings; port 0 by default.
         fake: options of the fake engine (``step_s``, ``context_length``, ``fatal``), or
             ``None`` for the real one.
+        program: a module that does what `tests.kits.serve_main` does, and more.
+        cwd: the folder it is started in.
         start_timeout_s: how long it may take to be ready.
     """
 
@@ -54,20 +56,23 @@ class ServerProcess:
         engine: dict[str, Any] | None = None,
         server: dict[str, Any] | None = None,
         fake: dict[str, Any] | None = None,
+        program: str = "tests.kits.serve_main",
+        cwd: Path = ROOT,
         start_timeout_s: float = 60.0,
     ) -> None:
         settings = {"port": 0, "drain_announce_s": 0.0, "ping_s": 5.0} | (server or {})
         command = [
-            sys.executable, "-m", "tests.kits.serve_main",
+            sys.executable, "-P", "-m", program,
             "--server", json.dumps(settings),
             "--engine", json.dumps({"model": str(model)} | (engine or {})),
         ]  # fmt: skip
         if fake is not None:
             options = {"eos": EOS, "vocab_size": VOCAB_SIZE} | fake
             command += ["--fake", json.dumps(options)]
-        path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+        more = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        path = os.pathsep.join(str(ROOT / each) for each in ("src", "", *more))
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            command, cwd=cwd, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.out: list[str] = []

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.kits.fake_model import write_fake_model
-from tests.kits.memory import command_of, family, lives, memory_of
+from tests.kits.memory import Peaks, command_of, family, lives
 from tests.kits.server import ServerProcess
 
 BOMBS = {
@@ -35,6 +35,8 @@ TEMPLATE = "".join(
     f"{{% if messages[0].content == '{name}' %}}{text}{{% endif %}}" for name, text in BOMBS.items()
 )
 CAP_S = 1.0
+CAP_MIB, FRESH_MIB = 256, 64
+"""What a job may take, and what a cell holds before its first, at most."""
 CHAT = "/v1/chat/completions"
 
 
@@ -43,8 +45,11 @@ def cell_pids(server: ServerProcess) -> list[int]:
     return [pid for pid in pids if b"coppice.engine.cell" in command_of(pid)]
 
 
-def cells_mib(server: ServerProcess) -> float:
-    return sum(cell["Rss"] for cell in memory_of(cell_pids(server)))
+def require_small(peaks: Peaks) -> None:
+    """Each cell, those that had to end too, held no more than it may at any moment."""
+    assert peaks.most, "there was a cell"
+    for pid, most in peaks.most.items():
+        assert most < peaks.before.get(pid, FRESH_MIB) + CAP_MIB, (peaks.before, peaks.most)
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +95,13 @@ class Neighbours(threading.Thread):
 def test_a_template_bomb_ends_in_400_and_neighbours_are_answered(
     server: ServerProcess, name: str
 ) -> None:
-    before = cells_mib(server)
-    with Neighbours(server) as neighbours:
+    with Neighbours(server) as neighbours, Peaks(lambda: cell_pids(server)) as peaks:
         reply, took_s = ask(server, CHAT, {"messages": [{"role": "user", "content": name}]})
-        after = cells_mib(server)
         time.sleep(0.05)
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["code"] == "template_error"
-    assert took_s < CAP_S + 0.5 and after < before + 256
+    assert took_s < CAP_S + 0.5
+    require_small(peaks)
     assert neighbours.answered and not neighbours.failed and neighbours.longest_s < CAP_S
 
 
@@ -114,13 +118,18 @@ def test_grammars_without_end_are_refused_and_neighbours_are_answered(
     schema = {"type": "object", "properties": many}
     bombs += [{"response_format": {"type": "json_schema",
                                    "json_schema": {"name": "s", "schema": schema}}}]  # fmt: skip
-    with Neighbours(server) as neighbours, ThreadPoolExecutor(3) as pool:
+    with (
+        Neighbours(server) as neighbours,
+        Peaks(lambda: cell_pids(server)) as peaks,
+        ThreadPoolExecutor(3) as pool,
+    ):
         replies = list(pool.map(lambda b: ask(server, "/v1/completions", {"prompt": "a"} | b),
                                 bombs))  # fmt: skip
     for reply, took_s in replies:
         assert reply.status_code in (200, 400), reply.text
         assert took_s < len(bombs) * 2.0 + 1
     assert any(reply.status_code == 400 for reply, _ in replies)
+    require_small(peaks)
     assert neighbours.answered and not neighbours.failed and neighbours.longest_s < CAP_S
 
 

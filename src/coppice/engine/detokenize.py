@@ -101,6 +101,10 @@ class TextAssembler:
             parts.append(self._add(token, hidden))
         return "".join(parts)
 
+    def token_bytes(self, token: int) -> bytes:
+        """The exact bytes of any token, one that was not chosen, too."""
+        return self._tokenizer.token_bytes(token)
+
     def flush(self) -> str:
         """End the text: everything held back, incomplete bytes as U+FFFD. Idempotent."""
         if self._finished or self.stop_reason is not None:

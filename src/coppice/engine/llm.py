@@ -15,6 +15,7 @@ import msgspec
 from coppice.engine.config import EngineConfig
 from coppice.engine.detokenize import TextAssembler
 from coppice.engine.engine import Engine
+from coppice.engine.faults import describe
 from coppice.engine.loading import load_engine_model
 from coppice.engine.messages import Output
 from coppice.engine.outputs import CompletionOutput, RequestOutput
@@ -195,9 +196,15 @@ class LLM:
         if done.finish_reason is not None:
             return ""  # tokens of the step that was under way when a stop string ended it
         ended = output.finish_reason is not None
-        piece = choice.text.push(output.tokens, stop_token=output.stop_token is not None)
-        if ended:
-            piece += choice.text.flush()
+        try:
+            piece = choice.text.push(output.tokens, stop_token=output.stop_token is not None)
+            if ended:
+                piece += choice.text.flush()
+        except BaseException as error:
+            _, done.stop_reason = describe(error, "Making text of the answer")
+            done.finish_reason = "failed"
+            self._engine.cancel(output.request_id, "cancelled", output.index)
+            return ""
         done.text += piece
         done.token_ids.extend(output.tokens)
         if output.logprobs is not None:

@@ -29,6 +29,8 @@ from coppice.models.token_text import DecoderSpec, TextStream, read_decoder
 
 MAX_FILE_BYTES = 256 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
+SHORT_CHARS = 2048
+"""Text this short is tokenized on the spot: cheaper than a change of thread."""
 NAMED_SPECIALS = (
     "bos_token",
     "eos_token",
@@ -152,7 +154,7 @@ class Tokenizer:
                 "context window; shorten it."
             )
         try:
-            ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            ids = self._split(text, add_special_tokens)
         except (UnicodeError, TypeError) as error:
             raise RequestError("The text holds lone surrogates; send valid Unicode.") from error
         if add_special_tokens:
@@ -165,7 +167,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of the whole sequence; ids outside the vocabulary contribute nothing."""
         known = [id_ for id_ in ids if 0 <= id_ < 1 << 32]
-        return str(self._backend.decode(known, skip_special_tokens=skip_special_tokens))
+        (text,) = self._backend.decode_batch([known], skip_special_tokens=skip_special_tokens)
+        return str(text)
 
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes one token stands for; empty for an id the vocabulary lacks.
@@ -239,6 +242,16 @@ class Tokenizer:
         """Sixteen hex digits that change with the tokens and their ids only."""
         vocabulary = sorted(self._backend.get_vocab().items())
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+    def _split(self, text: str, add_special_tokens: bool) -> list[int]:
+        # NOTE: `encode` holds the interpreter's lock: a long text would stop all other threads,
+        # the server's event loop with them. A batch does not; for short texts it costs more.
+        if len(text) <= SHORT_CHARS:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        else:
+            batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            ids = batch[0].ids
+        return ids
 
     def _named_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)

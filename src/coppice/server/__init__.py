@@ -67,6 +67,7 @@ def run(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     command = engine_command or (
         sys.executable,
+        "-P",  # else files of the folder it is started in would pass for modules
         "-m",
         "coppice.engine.process",
         "--config",

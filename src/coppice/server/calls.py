@@ -6,8 +6,8 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -117,15 +117,22 @@ async def run(call: Call) -> AsyncGenerator[list[Delta], None]:
         EngineError: the engine failed it.
     """
     assert call.generation is not None
-    try:
+    with accounted(call):
         async with aclosing(call.generation.deltas()) as batches:
             async for batch in batches:
                 yield batch
-        outcome: Outcome = call.generation.ending
-        call.entry.close(outcome)
+
+
+@contextmanager
+def accounted(call: Call) -> Iterator[None]:
+    """Close the ledger entry by how the work on an admitted call's answer ends."""
+    assert call.generation is not None
+    try:
+        yield
     except Exception:  # whatever it is: it had been let in
         call.entry.close("failed")
         raise
+    call.entry.close(call.generation.ending)
 
 
 def new_id(prefix: str) -> str:

@@ -14,7 +14,8 @@ from typing import Literal
 from msgspec.structs import replace
 
 from coppice.engine.detokenize import TextAssembler, TokenText
-from coppice.engine.messages import CancelReason, Output, TokenLogprob
+from coppice.engine.faults import NOT_OURS
+from coppice.engine.messages import CancelReason, Output
 from coppice.engine.request import Request
 from coppice.errors import (
     ContextOverflowError,
@@ -40,10 +41,15 @@ GRACE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """A shown token and its log-probabilities."""
+    """A shown token and its log-probability.
+
+    Attributes:
+        top: bytes and log-probability of the likeliest tokens in its place.
+    """
 
     text: TokenText
-    scores: TokenLogprob
+    logprob: float
+    top: list[tuple[bytes, float]]
 
 
 @dataclass(slots=True)
@@ -89,8 +95,9 @@ class Choice:
             shown = self.assembler.tokens[before : self.assembler.num_tokens]
             if ends_by_token and self.assembler.stop_reason is None:
                 shown = shown[:-1]  # the EOS is no part of the answer's text
+            bytes_of = self.assembler.token_bytes
             delta.scores = [
-                TokenScore(text, scores)
+                TokenScore(text, scores.logprob, [(bytes_of(t), lp) for t, lp in scores.top])
                 for text, scores in zip(shown, output.logprobs, strict=False)
             ]
         self._end(delta, output)
@@ -298,10 +305,10 @@ class Generation:
     def _read(self, choice: Choice, output: Output) -> Delta:
         try:
             delta = choice.take(output)
-        except CoppiceError:
+        except (CoppiceError, *NOT_OURS):
             raise
-        except Exception as error:
-            log.exception("%s: its tokens could not be made text", output.request_id)
+        except BaseException as error:  # a panic of the tokenizer's library is no `Exception`
+            log.error("%s: no text can be made of it", output.request_id, exc_info=error)
             raise RowFaultError(
                 "The answer could not be made text; the server's log says why."
             ) from error

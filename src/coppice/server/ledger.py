@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from typing import Literal, get_args
 
-from coppice.errors import CapacityError, CoppiceError, RequestError
+from coppice.errors import CapacityError, RequestError
 
 Outcome = Literal["finished", "cancelled", "expired", "refused", "failed"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -55,7 +56,7 @@ class Entry:
         """Record the outcome an exception means."""
         if isinstance(error, RequestError | CapacityError):
             self.close("refused", error.code)
-        elif isinstance(error, CoppiceError | Exception):
-            self.close("failed")
-        else:  # CancelledError: the server gave the call up
+        elif isinstance(error, asyncio.CancelledError):  # the server gave the call up
             self.close("cancelled")
+        else:
+            self.close("failed")

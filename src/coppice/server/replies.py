@@ -78,13 +78,8 @@ def usage(generation: Generation) -> dict[str, Any]:
     }
 
 
-def chat_logprobs(scores: Iterable[TokenScore], token_bytes: Any) -> dict[str, Any]:
-    """The ``logprobs`` object of a chat choice.
-
-    Args:
-        scores: shown tokens.
-        token_bytes: a token id's exact bytes.
-    """
+def chat_logprobs(scores: Iterable[TokenScore]) -> dict[str, Any]:
+    """The ``logprobs`` object of a chat choice."""
 
     def entry(raw: bytes, logprob: float) -> dict[str, Any]:
         text = raw.decode("utf-8", "replace")
@@ -92,25 +87,25 @@ def chat_logprobs(scores: Iterable[TokenScore], token_bytes: Any) -> dict[str, A
 
     return {
         "content": [
-            entry(score.text.bytes, score.scores.logprob)
-            | {"top_logprobs": [entry(token_bytes(t), lp) for t, lp in score.scores.top]}
+            entry(score.text.bytes, score.logprob)
+            | {"top_logprobs": [entry(raw, logprob) for raw, logprob in score.top]}
             for score in scores
         ]
     }
 
 
-def completion_logprobs(scores: Iterable[TokenScore], token_bytes: Any) -> dict[str, Any]:
+def completion_logprobs(scores: Iterable[TokenScore]) -> dict[str, Any]:
     """The ``logprobs`` object of a completion choice; tokens that read alike keep the best."""
     made: dict[str, Any] = {
         "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
     }  # fmt: skip
     for score in scores:
         made["tokens"].append(score.text.text)
-        made["token_logprobs"].append(_finite(score.scores.logprob))
+        made["token_logprobs"].append(_finite(score.logprob))
         made["text_offset"].append(score.text.offset)
         top: dict[str, float] = {}
-        for token, logprob in score.scores.top:
-            text = token_bytes(token).decode("utf-8", "replace")
+        for raw, logprob in score.top:
+            text = raw.decode("utf-8", "replace")
             top[text] = max(_finite(logprob), top.get(text, -math.inf))
         made["top_logprobs"].append(top)
     return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +17,7 @@ from coppice.engine.messages import ModelFacts
 from coppice.engine.request import Grammar, Request, SamplingParams
 from coppice.errors import CoppiceError, EngineError, RequestError
 from coppice.server import admission, convert
-from coppice.server.calls import Call, new_id, run
+from coppice.server.calls import Call, accounted, new_id
 from coppice.server.errors import error_body, request_id_of
 from coppice.server.fields import review
 from coppice.server.generation import Generation
@@ -251,7 +252,7 @@ async def answer(
                 slow_reader_s=services.config.slow_reader_s,
                 closed=closed,
             )
-        return whole(frame, await while_connected(http.receive, _gather(call)))
+        return await while_connected(http.receive, _gathered(call, partial(whole, frame)))
     except ClientLeftError:
         call.entry.close("cancelled")
         return Response(status_code=CLIENT_LEFT)
@@ -263,14 +264,17 @@ async def answer(
             services.calls.settle(call)
 
 
-async def _gather(call: Call) -> list[Gathered]:
+async def _gathered(call: Call, whole: Callable[[list[Gathered]], Response]) -> Response:
+    """The unstreamed reply; the call has not ended well before that is made."""
     generation = call.generation
     assert generation is not None
-    choices = [Gathered(index) for index in range(generation.num_choices)]
-    async for deltas in run(call):
-        for delta in deltas:
-            choices[delta.index].add(delta)
-    return choices
+    with accounted(call):
+        choices = [Gathered(index) for index in range(generation.num_choices)]
+        async with aclosing(generation.deltas()) as batches:
+            async for deltas in batches:
+                for delta in deltas:
+                    choices[delta.index].add(delta)
+        return whole(choices)
 
 
 def _accepted(call: Call, route: Route, body: SamplingFields, frame: Frame) -> Accepted:

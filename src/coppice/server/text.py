@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,18 +20,18 @@ from coppice.engine.cell_jobs import (
     Templates,
 )
 from coppice.engine.detokenize import TextAssembler
+from coppice.engine.faults import NOT_OURS
 from coppice.engine.request import Grammar, Request
 from coppice.engine.toolcalls import ToolPlan, plan_tools
-from coppice.errors import GrammarError, TemplateError
-from coppice.models.tokenizer import Tokenizer
+from coppice.errors import EngineError, GrammarError, TemplateError
+from coppice.models.tokenizer import SHORT_CHARS, Tokenizer
 from coppice.server.cells import Cells, Kind
 from coppice.server.convert import CHARS_PER_CONTEXT_TOKEN
 
+log = logging.getLogger("coppice.server")
 T = TypeVar("T")
 TEMPLATES = Kind("templates", 1.0, TemplateError, "Rendering the conversation")
 GRAMMARS = Kind("grammars", 2.0, GrammarError, "Compiling the grammar, or the tools,")
-SHORT_CHARS = 2048
-"""Text this short is tokenized on the spot: cheaper than a change of thread."""
 
 
 class TextService:
@@ -64,6 +65,7 @@ class TextService:
             ContextOverflowError: too many characters for the context window.
         """
         work = partial(
+            _guarded,
             self.tokenizer.encode,
             text,
             add_special_tokens=add_special_tokens,
@@ -73,7 +75,7 @@ class TextService:
 
     async def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""
-        return await self.run(partial(self.tokenizer.decode, ids))
+        return await self.run(partial(_guarded, self.tokenizer.decode, ids))
 
     async def render(
         self,
@@ -153,3 +155,18 @@ class TextService:
     async def run(self, work: Callable[[], T]) -> T:
         """Run something slow in a thread of the pool."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+def _guarded(work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """What it returns.
+
+    Raises:
+        EngineError: a library panicked, which is no `Exception`.
+    """
+    try:
+        return work(*args, **kwargs)
+    except (Exception, *NOT_OURS):
+        raise
+    except BaseException as error:
+        log.error("the tokenizer failed", exc_info=error)
+        raise EngineError("The tokenizer failed; the server's log says why.") from error

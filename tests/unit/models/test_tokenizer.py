@@ -77,6 +77,15 @@ def test_token_bytes_join_to_the_text():
     assert level.token_bytes(-1) == level.token_bytes(10**12) == b""
 
 
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+def test_a_long_text_gets_the_ids_that_the_library_gives_it(add_special_tokens):
+    for make in (toy_tokenizers.byte_level, toy_tokenizers.byte_fallback):
+        text = "déjà 🙂 one two\n" * 999
+        expected = make().encode(text, add_special_tokens=add_special_tokens).ids
+        tokenizer = Tokenizer(make(), TokenizerFacts())
+        assert tokenizer.encode(text, add_special_tokens=add_special_tokens) == expected
+
+
 @pytest.mark.parametrize(("add_bos", "expected"), [(None, 1), (True, 1), (False, 0)])
 def test_bos_follows_the_configuration(add_bos, expected):
     facts = TokenizerFacts(special_tokens={"bos_token": "<s>"}, add_bos=add_bos)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from coppice.errors import GrammarError
-from coppice.server.calls import Call, run
+from coppice.server.calls import Call, accounted, run
 from coppice.server.generation import Delta
 from coppice.server.keys import ANONYMOUS
 from coppice.server.ledger import Ledger
@@ -60,3 +60,23 @@ def test_a_stream_whose_events_cannot_be_made_says_so_and_has_failed() -> None:
     said = asyncio.run(play())
     assert b"log says why" in said and said.endswith(b"[DONE]\n\n")
     assert call.entry.outcome == "failed" and settled == [call]
+
+
+def test_an_answer_that_is_there_but_cannot_be_told_has_failed() -> None:
+    async def deltas() -> AsyncGenerator[list[Delta], None]:
+        yield []
+
+    call = call_of(deltas())
+    with pytest.raises(ZeroDivisionError), accounted(call):
+        raise ZeroDivisionError
+    assert call.entry.outcome == "failed"
+
+
+def test_a_librarys_panic_is_a_failure_and_what_the_server_gives_up_is_cancelled() -> None:
+    class PanicError(BaseException):
+        pass
+
+    for error, outcome in ((PanicError(), "failed"), (asyncio.CancelledError(), "cancelled")):
+        entry = Ledger().open()
+        entry.close_by_error(error)
+        assert entry.outcome == outcome

@@ -33,26 +33,20 @@ ROUTE = Route(
 @router.post(ROUTE.path, response_model=ChatReply, responses=ERRORS | STREAMED)
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
-    services = services_of(request)
     turn = _Turn()
-
-    def token_bytes(token: int) -> bytes:
-        return services.require_text().tokenizer.token_bytes(token)
 
     def whole(frame: Frame, choices: list[Gathered]) -> Response:
         frame = frame.warn(turn.is_.warnings)
         assert frame.call.generation is not None
         made = [
-            _choice(
-                body, ToolText(turn.is_, f"{frame.call.id}-{choice.index}"), choice, token_bytes
-            )
+            _choice(body, ToolText(turn.is_, f"{frame.call.id}-{choice.index}"), choice)
             for choice in choices
         ]
         return JSONResponse(frame.whole(made, frame.call.generation))
 
     def chunks(frame: Frame, generation: Generation) -> Pieces:
         frame = frame.warn(turn.is_.warnings)
-        return _chunks(frame, generation, turn.is_, token_bytes if body.logprobs else None)
+        return _chunks(frame, generation, turn.is_, scored=bool(body.logprobs))
 
     def plan() -> Plan:
         return _plan(body, turn, caller_of(request).tenant)
@@ -66,8 +60,7 @@ async def reframe(
     """The chunks of a call whose body was written down without its messages."""
     asked = ChatRequest.model_validate(body | {"messages": [{"role": "user", "content": ""}]})
     turn = await plan_turn(asked, text, frame.call.key.tenant)
-    token_bytes = text.tokenizer.token_bytes if asked.logprobs else None
-    chunks = _chunks(frame.warn(turn.warnings), generation, turn, token_bytes)
+    chunks = _chunks(frame.warn(turn.warnings), generation, turn, scored=bool(asked.logprobs))
     async with aclosing(chunks):
         async for pieces in chunks:
             yield pieces
@@ -131,9 +124,7 @@ async def _prompt(
     return prompt, await text.encode(prompt, add_special_tokens=False, context=context)
 
 
-def _choice(
-    body: ChatRequest, reader: ToolText, choice: Gathered, token_bytes: Any
-) -> dict[str, Any]:
+def _choice(body: ChatRequest, reader: ToolText, choice: Gathered) -> dict[str, Any]:
     pieces = [*reader.push(choice.text), *reader.finish()]
     content = "".join(piece.get("content", "") for piece in pieces)
     calls = reader.calls()
@@ -144,13 +135,13 @@ def _choice(
     return {
         "index": choice.index,
         "message": message,
-        "logprobs": chat_logprobs(choice.scores, token_bytes) if body.logprobs else None,
+        "logprobs": chat_logprobs(choice.scores) if body.logprobs else None,
         "finish_reason": reader.finish_reason(choice.finish_reason),
         "stop_reason": choice.stop_reason,
     }
 
 
-async def _chunks(frame: Frame, generation: Generation, turn: Turn, token_bytes: Any) -> Pieces:
+async def _chunks(frame: Frame, generation: Generation, turn: Turn, *, scored: bool) -> Pieces:
     choices = range(generation.num_choices)
     readers = [ToolText(turn, f"{frame.call.id}-{index}") for index in choices]
 
@@ -166,7 +157,7 @@ async def _chunks(frame: Frame, generation: Generation, turn: Turn, token_bytes:
             made = [
                 piece(choice)
                 for delta in deltas
-                for choice in _pieces(delta, readers[delta.index], token_bytes)
+                for choice in _pieces(delta, readers[delta.index], scored=scored)
             ]
             if made:
                 yield made
@@ -174,7 +165,7 @@ async def _chunks(frame: Frame, generation: Generation, turn: Turn, token_bytes:
         yield [(len(choices), event(frame.usage_chunk(generation)))]
 
 
-def _pieces(delta: Delta, reader: ToolText, token_bytes: Any) -> list[dict[str, Any]]:
+def _pieces(delta: Delta, reader: ToolText, *, scored: bool) -> list[dict[str, Any]]:
     """The choices (one per event) that say what is new in one answer."""
     pieces = reader.push(delta.text)
     if delta.finish_reason is not None:
@@ -182,8 +173,8 @@ def _pieces(delta: Delta, reader: ToolText, token_bytes: Any) -> list[dict[str, 
     if delta.scores and not pieces:
         pieces = [{}]
     made = [_piece(delta.index, piece) for piece in pieces]
-    if made and token_bytes is not None:
-        made[0]["logprobs"] = chat_logprobs(delta.scores, token_bytes)
+    if made and scored:
+        made[0]["logprobs"] = chat_logprobs(delta.scores)
     if delta.finish_reason is not None:
         last = _piece(delta.index, {})
         last["finish_reason"] = reader.finish_reason(delta.finish_reason)

@@ -17,7 +17,6 @@ from coppice.server.protocol.common import ErrorReply
 from coppice.server.protocol.completions import CompletionReply, CompletionRequest
 from coppice.server.replies import Frame, Gathered, completion_logprobs
 from coppice.server.routes.documented import ERRORS, STREAMED
-from coppice.server.services import services_of
 from coppice.server.serving import Plan, Prepared, Route, answer
 from coppice.server.stream import Piece, Pieces, event
 from coppice.server.text import TextService
@@ -32,19 +31,14 @@ ROUTE = Route(
 @router.post(ROUTE.path, response_model=CompletionReply, responses=ERRORS | STREAMED)
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continue one or more prompts."""
-    services = services_of(request)
-
-    def token_bytes(token: int) -> bytes:
-        return services.require_text().tokenizer.token_bytes(token)
+    scored = body.logprobs is not None
 
     def whole(frame: Frame, choices: list[Gathered]) -> Response:
         made = [
             {
                 "index": choice.index,
                 "text": choice.text,
-                "logprobs": None
-                if body.logprobs is None
-                else completion_logprobs(choice.scores, token_bytes),
+                "logprobs": completion_logprobs(choice.scores) if scored else None,
                 "finish_reason": choice.finish_reason,
                 "stop_reason": choice.stop_reason,
             }
@@ -54,7 +48,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         return JSONResponse(frame.whole(made, frame.call.generation))
 
     def chunks(frame: Frame, generation: Generation) -> Pieces:
-        return _chunks(frame, generation, token_bytes if body.logprobs is not None else None)
+        return _chunks(frame, generation, scored=scored)
 
     return await answer(request, body, ROUTE, plan=lambda: _plan(body), whole=whole, chunks=chunks)
 
@@ -64,17 +58,16 @@ def reframe(
 ) -> Pieces:
     """The chunks of a call whose body was written down without its prompt."""
     asked = CompletionRequest.model_validate(body | {"prompt": ""})
-    token_bytes = text.tokenizer.token_bytes if asked.logprobs is not None else None
-    return _chunks(frame, generation, token_bytes)
+    return _chunks(frame, generation, scored=asked.logprobs is not None)
 
 
-async def _chunks(frame: Frame, generation: Generation, token_bytes: Any) -> Pieces:
+async def _chunks(frame: Frame, generation: Generation, *, scored: bool) -> Pieces:
     first = True
     async with aclosing(run(frame.call)) as batches:
         async for deltas in batches:
             parts: list[Piece] = []
             for delta in deltas:
-                logprobs = completion_logprobs(delta.scores, token_bytes) if token_bytes else None
+                logprobs = completion_logprobs(delta.scores) if scored else None
                 if not (delta.text or delta.scores or delta.finish_reason):
                     continue
                 choice = {
