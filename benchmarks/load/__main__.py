@@ -83,8 +83,9 @@ class Run:
     def _idle(self, server: Running) -> None:
         made = shapes.idle_connections(server)
         self.figures["idle"] = asdict(made)
-        self._row("1,000 idle connections", f"{made.grown_mib:+.1f} MiB; another request answered "
-                                            f"in {made.answered_s:.2f} s")  # fmt: skip
+        self._row("idle", f"{made.streams} streams nobody reads and {made.connections} kept "
+                          f"connections, {made.open} open after it; {made.grown_mib:+.1f} MiB; "
+                          f"another request answered in {made.answered_s:.2f} s")  # fmt: skip
 
 
 def _longest_refusal_s(levels: Sequence[dict[str, Any]]) -> float:
@@ -125,7 +126,10 @@ def goals_of(figures: dict[str, Any]) -> list[Goal]:
             Goal.at_most("load.slow_readers_mib", made["grown_mib"], 64),
         ]
     if made := figures.get("idle"):
-        goals.append(Goal.at_most("load.idle_connections_mib", made["grown_mib"], 64))
+        goals += [
+            Goal.at_least("load.idle_open", made["open"], 1000),
+            Goal.at_most("load.idle_mib", made["grown_mib"], 64),
+        ]
     return goals
 
 

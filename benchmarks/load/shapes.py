@@ -268,26 +268,72 @@ def anonymous_mib(processes: Iterable[psutil.Process]) -> float:
 
 @dataclass(frozen=True)
 class Idle:
-    """Connections that are held open and say next to nothing."""
+    """Connections that are held open and say nothing.
 
-    opened: int
+    Attributes:
+        streams: streamed answers of a hundred tokens that began and then were not read.
+        connections: that had one answer and were kept for a next request.
+        open: of both, how many the server had not closed when memory was read.
+    """
+
+    streams: int
+    connections: int
+    open: int
     grown_mib: float
     answered_s: float
 
 
-def idle_connections(server: Running, count: int = 1000) -> Idle:
-    """``count`` connections with half a head each; one request among them."""
+def idle_connections(server: Running, *, streams: int = 200, others: int = 800) -> Idle:
+    """Idle streams and idle connections; one request among them."""
     before, held = anonymous_mib(server.family()), []
+    live = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     try:
-        for _ in range(count):
-            raw = socket.create_connection(("127.0.0.1", server.port))
-            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Half: a")
-            held.append(raw)
+        for number in range(streams):
+            ask = make_ask(100, 100, 60_000 + number).data
+            held.append(_ask_and_hold(server.port, ask.replace(b": close", b": keep-alive")))
+        begun = sum(_begins_well(raw, timeout_s=120.0) for raw in held)
+        while _busy(server):
+            time.sleep(0.5)
+        kept = [_ask_and_hold(server.port, live) for _ in range(others)]
+        held += kept
+        well = sum(_begins_well(raw, timeout_s=20.0) for raw in kept)
         time.sleep(1.0)
         told = asyncio.run(send(server.port, make_ask(16, 8, 3), patience_s=20.0))
-        grown = anonymous_mib(server.family()) - before
+        grown, still = anonymous_mib(server.family()) - before, sum(map(_is_open, held))
     finally:
         for raw in held:
             raw.close()
     answered_s = told.ended_s - told.sent_s if told.ending == "finished" else float("inf")
-    return Idle(len(held), grown, answered_s)
+    return Idle(begun, well, still, grown, answered_s)
+
+
+def _ask_and_hold(port: int, data: bytes) -> socket.socket:
+    """A connection with a small window on which something was asked."""
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    raw.settimeout(20.0)
+    raw.connect(("127.0.0.1", port))
+    raw.sendall(data)
+    return raw
+
+
+def _begins_well(raw: socket.socket, *, timeout_s: float) -> bool:
+    """Whether the answer's head says 200; little else is read."""
+    raw.settimeout(timeout_s)
+    try:
+        return raw.recv(64).startswith(b"HTTP/1.1 200")
+    except (TimeoutError, ConnectionError):
+        return False
+
+
+def _is_open(raw: socket.socket) -> bool:
+    """Whether there is more to read, or nothing yet, and no end."""
+    raw.setblocking(False)
+    try:
+        while raw.recv(1 << 16):
+            pass
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+    return False

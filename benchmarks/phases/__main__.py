@@ -52,8 +52,8 @@ DEVICES = {
 }
 """Seven tenths of what is printed on the box in arithmetic, 85% in bandwidth."""
 LOADS = {"light": 0.7, "heavy": 1.25}
-AGEING = 0.002
-"""What a second of waiting is worth in the order of prompts: this part of a second's rows."""
+PATIENCE = 500.0
+"""A prompt is overtaken by shorter ones for so many times its reading at most."""
 LONG = 4000
 
 
@@ -186,7 +186,8 @@ def simulate(
 
 
 def _shortest(device: Device) -> ShortestPrompt:
-    return ShortestPrompt(AGEING * device.flops_per_s / WORK.flops_per_row)
+    row_s = WORK.flops_per_row / device.flops_per_s
+    return ShortestPrompt(lambda: row_s, PATIENCE)
 
 
 def _on_this_machine(report: Report, *, rounds: int) -> None:

@@ -14,6 +14,7 @@ from benchmarks.scorecard.subjects import (
     KEY,
     Coppice,
     LlamaCpp,
+    NotStartedError,
     Running,
     Subject,
     VllmCpu,
@@ -36,8 +37,12 @@ def main() -> int:
     report = Report("scorecard", ["check", *(subject.name for subject in subjects)])
     found: dict[str, dict[str, str]] = {}
     for subject in subjects:
-        why = subject.absent()
-        found[subject.name] = {} if why else judge(subject, checks)
+        why, found[subject.name] = subject.absent(), {}
+        try:
+            if not why:
+                found[subject.name] = judge(subject, checks)
+        except NotStartedError as error:
+            why = str(error)
         if why:
             print(f"{subject.name}: {why}")
     for check in checks:
@@ -61,7 +66,11 @@ def main() -> int:
 
 
 def judge(subject: Subject, checks: list[Check]) -> dict[str, str]:
-    """Why each check failed, or an empty text."""
+    """Why each check failed, or an empty text.
+
+    Raises:
+        NotStartedError: it did not start, at first or for a later check.
+    """
     verdicts: dict[str, str] = {}
     log = Path(tempfile.mkstemp(prefix=f"scorecard-{subject.name}-", suffix=".log")[1])
     for key in (None, KEY):
@@ -95,7 +104,7 @@ def _goals(passes: dict[str, int]) -> list[Goal]:
     ours, theirs = passes.get("coppice", 0), passes.get("llama.cpp")
     goals = [Goal.at_least("scorecard.passes", ours, LEAST)]
     if theirs is None:
-        why = "llama-server is not built"
+        why = "llama-server is not built, or does not start"
         return [*goals, Goal.unmeasured("scorecard.more_than_llama_cpp", f">= {MORE}", why)]
     return [*goals, Goal.at_least("scorecard.more_than_llama_cpp", ours - theirs, MORE)]
 

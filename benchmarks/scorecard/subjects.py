@@ -91,6 +91,10 @@ class VllmCpu:
         return None
 
 
+class NotStartedError(RuntimeError):
+    """A server did not get healthy, so nothing can be said of it."""
+
+
 @dataclass
 class Running:
     """One started server.
@@ -98,6 +102,9 @@ class Running:
     Attributes:
         key: what it asks of its clients, if anything.
         log: where its output goes.
+
+    Raises:
+        NotStartedError: on entering, where it does not get healthy in `START_S`.
     """
 
     subject: Subject
@@ -114,7 +121,9 @@ class Running:
             self.process = subprocess.Popen(
                 self.subject.command(self.port, key=self.key), stdout=out, stderr=out
             )
-        self.wait_healthy(START_S)
+        if not self.wait_healthy(START_S):
+            self.__exit__()
+            raise NotStartedError(f"{self.subject.name} was not healthy after {START_S:g} s.")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -30,6 +30,8 @@ FACTOR, PAUSES = 0.8, 30
 LEAVE_SHARE, RICH_SHARE, SHAPED_SHARE = 0.08, 0.05, 0.04
 WARM_UP_SHARE = 0.25
 DRIFT, SLOPE_MIB_H = 0.05, 1.0
+REST_S = 3.0
+"""An idle moment begins so long after the last answer."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def pause(server: Running, began: float) -> Pause:
         if idle or time.monotonic() > deadline:
             break
         time.sleep(0.2)
-    time.sleep(1.0)  # closed connections and freed memory go after the last answer
+    time.sleep(REST_S)  # closed connections and freed memory go after the last answer
     ended = sum(outcomes[name] for name in outcomes if name not in ("accepted", "in_flight"))
     lost = {
         "pages": engine["pages_used"], "in_flight": outcomes["in_flight"],

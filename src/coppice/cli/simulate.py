@@ -48,6 +48,7 @@ def simulate(
     Step times are those of the model on this machine, as 'coppice doctor --calibrate' keeps
     them (measured now where they were not); sizes and policy are the engine's settings.
     """
+    from coppice.cost import StepCost
     from coppice.scheduling import make_policy
     from coppice.scheduling import record as records
     from coppice.scheduling.traces import as_sequences, read_trace
@@ -78,6 +79,7 @@ def simulate(
         prefill_chunk=config.prefill_chunk,
         prefix_cache=config.prefix_cache,
     )
+    cost = StepCost(curve)
     policy = make_policy(
         config.policy,
         config.order,
@@ -85,6 +87,7 @@ def simulate(
         limit=config.tenant_limit,
         pool_tokens=num_pages * config.page_size,
         ageing_s=config.priority_ageing_s,
+        per_row_s=lambda: cost.per_row_s,
     )
     with err().status("Simulating"):
         record = records.simulate(sequences, _step_time(curve), sizes, policy)

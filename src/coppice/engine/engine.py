@@ -116,7 +116,7 @@ class Engine:
         self._arrivals = 0
         self.cost = StepCost(curve_for(config, model))
         self._planner = planner or StepPlanner(self.cost)
-        self.policy = policy or _policy_of(config, num_pages)
+        self.policy = policy or _policy_of(config, num_pages, self.cost)
         self._waiting = FlowQueues(self.policy.flows)
         self.waiting_for = ""
         """Why the first in turn was not admitted by the last plan; empty when none waits."""
@@ -487,7 +487,7 @@ class Engine:
 _rank = attrgetter("rank")
 
 
-def _policy_of(config: EngineConfig, num_pages: int) -> Policy:
+def _policy_of(config: EngineConfig, num_pages: int, cost: StepCost) -> Policy:
     return make_policy(
         config.policy,
         config.order,
@@ -495,4 +495,5 @@ def _policy_of(config: EngineConfig, num_pages: int) -> Policy:
         limit=config.tenant_limit,
         pool_tokens=num_pages * config.page_size,
         ageing_s=config.priority_ageing_s,
+        per_row_s=lambda: cost.per_row_s,
     )

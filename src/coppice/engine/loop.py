@@ -12,6 +12,7 @@ from pathlib import Path
 
 from coppice.engine.engine import Engine
 from coppice.engine.faults import describe
+from coppice.engine.memory import give_back_heap
 from coppice.engine.messages import (
     Cancel,
     FromEngine,
@@ -39,7 +40,7 @@ class EngineLoop:
         self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._engine = engine
         self._send = send
-        self._stopping = False
+        self._stopping = self._warm = False
         self._last_stats = 0.0
         self._last_beat = self._last_usage = time.monotonic()
 
@@ -57,6 +58,7 @@ class EngineLoop:
         messages: list[FromEngine] = []
         self._take_messages(messages)
         if self._engine.has_work and not self._stopping:
+            self._warm = True
             messages.extend(self._engine.step())
         self._add_stats(messages)
         if messages:
@@ -88,6 +90,9 @@ class EngineLoop:
             try:
                 message = self.inbox.get(wait, IDLE_STATS_S)
             except queue.Empty:
+                if wait and self._warm:
+                    self._warm = False
+                    give_back_heap()
                 return
             wait = False
             match message:

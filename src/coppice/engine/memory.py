@@ -7,6 +7,7 @@ system. All of this is glibc's and Linux's; elsewhere the functions do nothing.
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,17 +31,22 @@ def tune_allocator(*, mmap_threshold: int) -> None:
         mallopt(M_TRIM_THRESHOLD, mmap_threshold)
 
 
+def give_back_heap() -> None:
+    """Return what a burst took and nobody holds; milliseconds, so for moments without work."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def give_back() -> None:
     """Return freed heap and the code that only start-up ran; what is needed faults in again.
 
     Most of what libraries this large execute is their initialisers. Their pages are clean
     copies of files, which the system keeps cached.
     """
-    libc = ctypes.CDLL(None)
-    trim = getattr(libc, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    madvise = getattr(libc, "madvise", None)
+    give_back_heap()
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
     if madvise is not None:
         for start, size in _clean_mappings():
             madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_DONTNEED)

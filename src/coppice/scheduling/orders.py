@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -40,17 +41,27 @@ class ByAgedPriority:
 
 @dataclass(frozen=True, slots=True)
 class ShortestPrompt:
-    """Shortest prompt first; a second of waiting is worth ``tokens_per_s`` tokens.
+    """Shortest prompt first, each overtaken for ``patience`` times its own reading at most.
 
-    Source: Nexus's prefill order, ``tokens - gamma * waited``.
+    Of two that came together the shorter goes first; one that comes later does so only within
+    ``patience`` times what the other's prompt takes longer to read. So nobody starves, on a slow
+    machine as on a quick one, and a short question does not wait for a long one's reading.
+
+    Attributes:
+        per_row_s: seconds a prompt token takes here and now; 0 while nobody knows, which is the
+            order of arrival.
+        patience: see above.
+
+    Source: Nexus's prefill order, ``tokens - gamma * waited``, gamma as a share of the rate.
     """
 
-    tokens_per_s: float = 200.0
+    per_row_s: Callable[[], float]
+    patience: float = 20.0
 
     def key(self, sequence: SequenceView) -> Rank:
         """See `RequestOrder`."""
-        aged = sequence.num_prompt + self.tokens_per_s * sequence.submitted_s
-        return (sequence.priority, aged, sequence.arrival)
+        worth_s = self.patience * self.per_row_s() * sequence.num_prompt
+        return (sequence.priority, sequence.submitted_s + worth_s, sequence.arrival)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,8 @@ from coppice.scheduling.interfaces import Admission, FlowOrder, RequestOrder, Re
 from coppice.scheduling.isolation import IsolatedCounters
 from coppice.scheduling.orders import ByAgedPriority, ByArrival, ByDeadline, ShortestPrompt
 
+TYPICAL_ROW_S = 1 / 4000
+"""A small model on two cores; where nothing is measured."""
 FAIR = ("fair", "fair-predicted", "isolated")
 """Policies that know weights."""
 
@@ -51,6 +53,7 @@ def make_policy(
     limit: int = 30,
     pool_tokens: int = 10_000,
     ageing_s: float = 30.0,
+    per_row_s: Callable[[], float] = lambda: TYPICAL_ROW_S,
 ) -> Policy:
     """The policy of a configuration.
 
@@ -62,6 +65,7 @@ def make_policy(
         pool_tokens: tokens the KV pool holds; a twentieth is the quantum of ``round-robin``,
             and the credit of ``fair`` for pressing deadlines.
         ageing_s: seconds of waiting one level of priority is worth, for ``aged``.
+        per_row_s: seconds a prompt token takes, for ``shortest``.
 
     Raises:
         ConfigError: a weight is no share.
@@ -84,7 +88,7 @@ def make_policy(
     orders: dict[str, RequestOrder] = {
         "arrival": ByArrival(),
         "aged": ByAgedPriority(ageing_s),
-        "shortest": ShortestPrompt(),
+        "shortest": ShortestPrompt(per_row_s),
         "deadline": ByDeadline(),
     }
     return Policy(flows, orders[order])

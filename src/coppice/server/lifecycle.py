@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from coppice.engine.config import EngineConfig
-from coppice.engine.memory import give_back
+from coppice.engine.memory import give_back, give_back_heap
 from coppice.errors import ConfigError, CoppiceError
 from coppice.server.admin import AdminSocket, build_admin
 from coppice.server.admission import Admission
@@ -38,6 +38,8 @@ from coppice.server.tokenizing import tokenizer_of
 
 log = logging.getLogger("coppice.server")
 CLOSE_GRACE_S = 5.0
+REST_S = 0.5
+"""Between two looks whether nobody asks for anything."""
 
 
 def make_services(config: ServerConfig, keys: KeyRing, engine: AsyncEngine) -> Services:
@@ -117,6 +119,7 @@ class Server:
         self._supervisor.begin()
         serving = asyncio.create_task(http.serve(sockets=[listener]), name="http")
         stats = asyncio.create_task(self._log_stats(), name="stats")
+        resting = asyncio.create_task(self._give_back(), name="resting")
         try:
             async with self._administered(admin):
                 if await self._load(listener):
@@ -124,6 +127,7 @@ class Server:
         finally:
             self.services.streams.freeze()  # what is ended from here on may go on elsewhere
             stats.cancel()
+            resting.cancel()
             self._supervisor.close()
             if self._forced.is_set():
                 self.services.engine.kill()
@@ -235,6 +239,16 @@ class Server:
                 stats.pages_cached, stats.generated_tokens, ledger.in_flight,
                 ",".join(f"{name}:{count}" for name, count in ledger.outcomes.items()),
             )  # fmt: skip
+
+    async def _give_back(self) -> None:
+        """Memory that calls took and nobody holds, once after them, when it is quiet."""
+        ledger, seen, given = self.services.ledger, 0, 0
+        while True:
+            await asyncio.sleep(REST_S)
+            quiet, seen = not ledger.in_flight and ledger.accepted == seen, ledger.accepted
+            if quiet and seen != given:
+                given = seen
+                give_back_heap()
 
     @contextlib.asynccontextmanager
     async def _administered(self, admin: AdminSocket | None) -> AsyncIterator[None]:
