@@ -38,6 +38,11 @@ class PageAllocator:
         """Pages free now or after eviction."""
         return len(self._free) + self.num_idle
 
+    @property
+    def free(self) -> list[int]:
+        """Pages nobody holds, ascending."""
+        return sorted(self._free)
+
     def refs(self, page: int) -> int:
         """How many hold ``page``."""
         return self._refs[page]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coppice.errors import ConfigError
-from coppice.kernels.pages import empty_pages, move_keys, move_values
+from coppice.kernels.pages import empty_pages, give_back_pages, move_keys, move_values
 from coppice.models.kv import KVLayout
 
 
@@ -42,6 +42,10 @@ class KVPool:
     def copy_page(self, src: int, dst: int) -> None:
         """Copy one page's K and V of every layer (copy-on-write of a shared tail)."""
         self._all[:, dst].copy_(self._all[:, src])
+
+    def give_back(self, free: Sequence[int]) -> None:
+        """Let the system have the memory of pages nobody holds, ascending."""
+        give_back_pages(self._all, free)
 
     def read_page(self, page: int) -> NDArray[np.uint8]:
         """A copy of every byte of a page, ``[page_bytes]``."""

@@ -237,6 +237,12 @@ class EngineConfig(RoomConfig):
         minimum=0.01,
         maximum=60.0,
     )
+    memory_reserve_mib: int = setting(
+        64,
+        "Memory the machine or its container must have left: below twice as much cached prefixes "
+        "go, below it newcomers are refused. 0 looks at nothing.",
+        minimum=0,
+    )
     watchdog_s: float = setting(
         30.0,
         "Seconds one step may take before the engine writes its stacks to the log; 0 is off.",

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from coppice.engine.engine import Engine
 from coppice.engine.faults import describe
 from coppice.engine.memory import give_back_heap
@@ -22,6 +24,7 @@ from coppice.engine.messages import (
     Submit,
     ToEngine,
 )
+from coppice.engine.shortage import Shortage
 
 USAGE_EVERY_S = 60.0
 IDLE_STATS_S = 1.0
@@ -34,12 +37,19 @@ class EngineLoop:
     Args:
         engine: owned by this thread from now on.
         send: takes the messages of one step, in order; called from the loop's thread.
+        shortage: what to look at for memory; by ``config.memory_reserve_mib`` when omitted.
     """
 
-    def __init__(self, engine: Engine, send: Callable[[Sequence[FromEngine]], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        send: Callable[[Sequence[FromEngine]], None],
+        shortage: Shortage | None = None,
+    ) -> None:
         self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._engine = engine
         self._send = send
+        self._shortage = shortage or Shortage(engine.config.memory_reserve_mib)
         self._stopping = self._warm = False
         self._last_stats = 0.0
         self._last_beat = self._last_usage = time.monotonic()
@@ -57,6 +67,9 @@ class EngineLoop:
         self._last_beat = time.monotonic()
         messages: list[FromEngine] = []
         self._take_messages(messages)
+        if self._shortage.look():
+            self._engine.pages.give_back()
+            give_back_heap()
         if self._engine.has_work and not self._stopping:
             self._warm = True
             messages.extend(self._engine.step())
@@ -126,7 +139,8 @@ class EngineLoop:
         ended = any(isinstance(m, Output) and m.finish_reason for m in messages)
         if ended or now - self._last_stats >= every:
             self._last_stats = now
-            messages.append(self._engine.stats())
+            short = self._shortage.level == "short"
+            messages.append(msgspec.structs.replace(self._engine.stats(), short_of_memory=short))
 
 
 class _Watchdog(threading.Thread):

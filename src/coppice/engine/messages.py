@@ -220,6 +220,7 @@ class StepStats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     prefill_rate_tok_s: float
     outcomes: dict[str, int]
     usage: list[Usage] = []
+    short_of_memory: bool = False
     waiting_for: str = ""
     """Why the first in turn was not admitted by the last plan, in words; empty for nobody."""
     drafts: int = 0

@@ -114,6 +114,11 @@ class SequencePages:
         sequence.num_sealed = 0
         sequence.num_computed = 0
 
+    def give_back(self) -> None:
+        """Let go of every prefix nobody uses, and of the memory of all free pages."""
+        self.tree.evict(self.allocator.num_idle)
+        self._pool.give_back(self.allocator.free)
+
     def close(self) -> None:
         """The last call: pages go to disk where that is wanted."""
         if self.tiers is not None:

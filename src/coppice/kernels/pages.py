@@ -11,6 +11,11 @@ size over 127.
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import mmap
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,6 +63,32 @@ def empty_pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 
         _native.advise_huge(pages.data_ptr(), pages.nbytes)
     return pages
+
+
+def give_back_pages(pages: Tensor, free: Sequence[int]) -> None:
+    """Let the system have the memory of free pages; they are zeros when they are used again.
+
+    Args:
+        pages: ``[N, P, ...]``, the pages of N layers, as `empty_pages` made them.
+        free: pages whose bytes nobody wants, ascending.
+    """
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is None or pages.device.type != "cpu":
+        return
+    page_bytes, unit = pages[0, 0].nbytes, mmap.PAGESIZE
+    for layer in pages:
+        for first, last in _runs(free):
+            begin = -(-(layer.data_ptr() + first * page_bytes) // unit) * unit
+            end = (layer.data_ptr() + (last + 1) * page_bytes) // unit * unit
+            if end > begin:
+                madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of ascending numbers without a gap."""
+    for _, run in itertools.groupby(enumerate(numbers), lambda each: each[1] - each[0]):
+        found = [number for _, number in run]
+        yield found[0], found[-1]
 
 
 def page_size_of(pages: Tensor) -> int:

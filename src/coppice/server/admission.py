@@ -111,11 +111,13 @@ class Admission:
         self._check_sequences(tenant, load, share)
         self._check_waiting(load)
         self._check_pages(load)
+        self._check_memory()
         self._check_pressure(load)
 
     def require_place(self, tenant: str, *, share: float = 1.0) -> None:
         """Raise `CapacityError` when not even the smallest call would be let in."""
         self._check_sequences(tenant, _SMALLEST, share)
+        self._check_memory()
         self._check_pressure(_SMALLEST)
 
     def take(self, tenant: str, load: Load) -> None:
@@ -185,6 +187,15 @@ class Admission:
                 "The KV cache is promised to other requests; try again later.",
                 retry_after_s=self._until_free(1), code="pages_promised",
             )  # fmt: skip
+
+    def _check_memory(self) -> None:
+        stats = self._engine.stats
+        if stats is not None and stats.short_of_memory:
+            raise CapacityError(
+                "The machine is short of memory; try again later.",
+                retry_after_s=self._until_free(1) + random.uniform(0.0, SPREAD_S),
+                code="short_of_memory",
+            )
 
     def _check_pressure(self, load: Load) -> None:
         if self._pressure.refuses(

@@ -212,6 +212,11 @@ class _Figures(Collector):
             yield self._gauge("kv_pages_used", "KV pages in use.", stats.pages_used)
             yield self._gauge("kv_pages_cached", "KV pages kept for reuse.", stats.pages_cached)
             yield self._gauge("kv_pages", "KV pages there are.", stats.num_pages)
+            yield self._gauge(
+                "short_of_memory",
+                "1 while newcomers are refused for want of memory.",
+                int(stats.short_of_memory),
+            )
             yield self._gauge("waiting_tokens", "Prompt tokens waiting.", stats.waiting_tokens)
             yield from self._usage(stats)
             yield from self._tiers(stats)
