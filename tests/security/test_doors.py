@@ -117,6 +117,7 @@ def test_the_server_fetches_nothing_a_request_names(server: ServerProcess) -> No
             for path, body in naming(url):
                 reply = post(server, path, {"max_tokens": 2} | body)
                 assert reply.status_code in (200, 400, 404), (body, reply.text)
+                assert not ears.heard(), body
             hints = {"Referer": url, "X-Forwarded-Host": at, "Forwarded": f"host={at}", "From": url}
             assert post(server, TEXT, {"prompt": "a"}, **hints).status_code == 200
             with server.http() as http:
