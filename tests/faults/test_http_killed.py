@@ -1,22 +1,20 @@
-"""The HTTP process is killed at random moments under a mixed load; nobody's tokens change."""
+"""The HTTP process is killed or told to end under a mixed load; nobody's tokens change."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
-import socket
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
-from tests.kits.load import BODIES, Answer, Crew, ask
+from tests.kits.load import BODIES, ask
 from tests.kits.memory import lives
-from tests.kits.resuming import read_through
+from tests.kits.resuming import Readers, free_port
 from tests.kits.server import ServerProcess
 
 ENGINE: dict[str, Any] = {"kv_cache_mib": 64, "speculate": "auto", "prefix_cache": True}
@@ -24,45 +22,11 @@ GONE_S = 1.0
 """Within which the engine, and with it every page, must be gone."""
 
 
-class Readers(Crew):
-    """Closed-loop clients with resumable streams, over any number of server processes."""
-
-    def __init__(self, url: str, expected: list[Answer], *, size: int, seed: int) -> None:
-        super().__init__(size, seed)
-        self._url, self._expected = url, expected
-        self.wrong: list[str] = []
-        self.done = self.cuts = self.tokens = 0
-
-    def _connect(self) -> httpx.Client:
-        return httpx.Client(base_url=self._url, timeout=30.0, verify=False)
-
-    def _work(self, worker: int, rng: random.Random) -> None:
-        for number in itertools.count():
-            if self._stop.is_set():
-                return
-            index = rng.randrange(len(BODIES))
-            cut_after = rng.choice((lambda: None, lambda: rng.randrange(1, 60)))
-            try:
-                reading = read_through(
-                    self._connect, BODIES[index], f"r-{worker}-{number}",
-                    cut_after=cut_after, give_up_s=60.0,
-                )  # fmt: skip
-            except Exception as error:
-                self.wrong.append(f"{BODIES[index]}: {error!r}")
-                return
-            self.done += 1
-            self.cuts += reading.cuts
-            if reading.answer != self._expected[index] or len(reading.ids) != 1:
-                self.wrong.append(f"{BODIES[index]}: {reading} != {self._expected[index]}")
-            if reading.error is not None or len(set(reading.calls)) != len(reading.calls):
-                self.wrong.append(f"{BODIES[index]}: {reading.error} {reading.calls}")
-
-
-def kill_http(server: ServerProcess) -> float:
-    """SIGKILL; returns the seconds until the engine was gone, too."""
+def end_http(server: ServerProcess, number: int) -> float:
+    """Send a signal that ends it; returns the seconds until the engine was gone, too."""
     children = psutil.Process(server.process.pid).children(recursive=True)
-    server.process.kill()
-    server.process.wait()
+    server.process.send_signal(number)
+    server.process.wait(20)
     began = time.monotonic()
     while any(map(lives, children)):
         assert time.monotonic() - began < 10
@@ -70,23 +34,24 @@ def kill_http(server: ServerProcess) -> float:
     return time.monotonic() - began
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize(
-    "kills",
+    ("kills", "drains"),
     [
-        pytest.param(4, marks=pytest.mark.timeout(180)),
-        pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+        pytest.param(4, 2, marks=pytest.mark.timeout(180)),
+        pytest.param(50, 25, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
     ],
 )
-def test_killed_at_random_moments_every_token_comes_once(kills: int, tmp_path: Path) -> None:
+def test_killed_or_drained_at_random_moments_every_token_comes_once(
+    kills: int, drains: int, tmp_path: Path
+) -> None:
     seed = int(os.environ.get("TEST_SEED", "1"))
     rng = random.Random(seed)
-    settings = {"journal": str(tmp_path / "journal"), "port": free_port(), "resume_s": 30.0}
+    signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * drains
+    rng.shuffle(signals)
+    settings = {
+        "journal": str(tmp_path / "journal"), "port": free_port(), "resume_s": 30.0,
+        "drain_s": 0.2,
+    }  # fmt: skip
 
     def start() -> ServerProcess:
         return ServerProcess("bundled", engine=ENGINE, server=settings, start_timeout_s=90)
@@ -96,14 +61,15 @@ def test_killed_at_random_moments_every_token_comes_once(kills: int, tmp_path: P
         server.wait_ready()
         with server.http() as http:
             expected = [ask(http, body, stream=False) for body in BODIES]
-        with Readers(server.url, expected, size=5, seed=seed) as readers:
-            for _ in range(kills):
+        with Readers(server.url, BODIES, expected, size=5, seed=seed) as readers:
+            for number in signals:
                 time.sleep(rng.uniform(0.2, 2.0))
-                gone_s.append(kill_http(server))
+                gone_s.append(end_http(server, number))
+                assert server.process.returncode == (-number if number == signal.SIGKILL else 0)
                 server = start()
                 if rng.random() < 0.2:  # perhaps while it starts
                     time.sleep(rng.uniform(0.2, 2.0))
-                    gone_s.append(kill_http(server))
+                    gone_s.append(end_http(server, number))
                     server = start()
                 server.wait_ready()
                 run_on += sum("run on" in line for line in server.log)
@@ -114,9 +80,12 @@ def test_killed_at_random_moments_every_token_comes_once(kills: int, tmp_path: P
     finally:
         server.stop()
     assert info["engine"]["pages_used"] == 0 and info["outcomes"]["failed"] == 0
-    assert readers.done >= kills and readers.cuts >= kills and run_on >= kills // 2
+    assert readers.done >= kills and readers.cuts >= kills
+    assert run_on >= len(signals) // 2 and readers.drains > 0
+    readers.saved.require_both()
     assert max(gone_s) <= GONE_S, f"TEST_SEED={seed}: an engine outlived its server: {gone_s}"
     print(
-        f"{len(gone_s)} kills: {readers.done} answers alike over {readers.cuts} cuts; the engine "
-        f"gone after {max(gone_s):.2f} s at most"
+        f"{kills} kills and {drains} drains of {len(gone_s)} starts: {readers.done} answers alike "
+        f"over {readers.cuts} cuts, {readers.drains} of them drains; the engine gone after "
+        f"{max(gone_s):.2f} s at most; {readers.saved}"
     )

@@ -112,13 +112,15 @@ def test_with_notice_every_request_gets_its_tokens(notice_s: float, times: int) 
         assert len(engines(server)) == 1, "the one before has ended"
     assert crowd.done >= times and info["requests_replayed"] >= times
     assert info["outcomes"]["failed"] == 0 and info["engine"]["pages_used"] == 0
+    crowd.saved.require_both()
     if notice_s >= 5.0:
         assert info["engine_restarts"] == 0 and crowd.refused == 0
         assert pauses.longest_s <= 3.0, "the other engine was there in time"
     print(
         f"{notice_s:g} s notice, {times} times: {crowd.done} answers alike, "
         f"{info['requests_replayed']} moved; another engine had them after {max(took):.2f} s at "
-        f"most; longest pause of a stream {pauses.longest_s:.2f} s ({calm_s:.2f} s before)"
+        f"most; longest pause of a stream {pauses.longest_s:.2f} s ({calm_s:.2f} s before); "
+        f"{crowd.saved}"
     )
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +15,9 @@ from typing import Any
 import pytest
 
 from coppice.server.keys import hash_key
+from tests.kits.injector import WrongClock
 from tests.kits.load import CHAT, COMPLETE, ask
-from tests.kits.resuming import Reading, read_through
+from tests.kits.resuming import Reading, free_port, read_through
 from tests.kits.server import ServerProcess
 
 PROMPT: dict[str, Any] = {"prompt": "abcdefg", "max_tokens": 60, "ignore_eos": True}
@@ -187,10 +191,66 @@ def test_a_restart_on_purpose_is_a_pause_too(fake_model: Path, tmp_path: Path) -
                              headers=headers) as reply:  # fmt: skip
                 server.process.terminate()
                 reading.take(reply.iter_lines())
-        assert reading.error is not None and reading.error["code"] == "shutting_down"
+        assert reading.drains == 1 and not reading.done
         assert server.process.wait(10) == 0
     with ServerProcess(fake_model, fake={"step_s": 0.01}, server=settings) as server:
         path = f"/v1/requests/drained/stream?after={reading.place}"
         with server.http() as http, http.stream("GET", path) as reply:
             reading.take(reply.iter_lines())
         assert reading.answer[0].text == expected and len(set(reading.places)) == 200
+
+
+def test_the_sample_of_the_docs_tells_the_whole_story_over_a_drain(
+    fake_model: Path, tmp_path: Path, repo_root: Path
+) -> None:
+    page = (repo_root / "docs" / "howto" / "resume.md").read_text()
+    (sample,) = re.findall(r"^```python run server\n(.*?)^```", page, re.M | re.S)
+    settings = {"journal": str(tmp_path), "drain_s": 0.2, "port": free_port()}
+    fake = {"step_s": 0.05}
+    with ServerProcess(fake_model, fake=fake, server=settings) as server:
+        with server.http() as http:
+            body = {"prompt": "Once upon a time", "max_tokens": 40, "seed": 1}
+            expected = http.post(COMPLETE, json=body).json()["choices"][0]["text"]
+        program = sample.replace("http://127.0.0.1:8000", server.url)
+        telling = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+        )
+        assert telling.stdout is not None
+        told = telling.stdout.read(1)
+        server.process.terminate()
+        assert server.process.wait(10) == 0
+    assert telling.poll() is None, "it takes a cut for the end"
+    with ServerProcess(fake_model, fake=fake, server=settings) as server:
+        told += telling.communicate(timeout=30)[0]
+    assert telling.returncode == 0 and told == expected
+
+
+@pytest.mark.parametrize("jump_s", [-3600.0, 3600.0])
+def test_a_clock_set_while_the_server_was_dead_ends_and_forgets_nothing(
+    fake_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    clock = WrongClock(tmp_path)
+    for name, value in clock.environment.items():
+        monkeypatch.setenv(name, value)
+    settings, fake = {"journal": str(tmp_path / "journal")}, {"step_s": 0.01}
+    wanted = {"long": {"max_tokens": 150, "deadline_s": 60}, "late": {"deadline_s": 2.0}}
+    with ServerProcess(fake_model, fake=fake, server=settings) as server, server.http() as http:
+        ended = read_through(server.http, (COMPLETE, PROMPT | {"max_tokens": 3}), "ended")
+        for name, fields in wanted.items():
+            headers = {"X-Resumable": "true", "X-Request-Id": name}
+            body = PROMPT | {"max_tokens": 1900, "stream": True} | fields
+            with http.stream("POST", COMPLETE, json=body, headers=headers) as reply:
+                next(reply.iter_lines())
+        server.process.kill()
+    clock.shift(jump_s)
+    with ServerProcess(fake_model, fake=fake, server=settings) as server, server.http() as http:
+        now = http.post(COMPLETE, json=PROMPT | {"max_tokens": 1}).json()["created"]
+        assert abs(now - time.time() - jump_s) < 60, "the clock did not jump: it tested nothing"
+        readings = {name: Reading() for name in ("ended", *wanted)}
+        for name, reading in readings.items():
+            with http.stream("GET", f"/v1/requests/{name}/stream") as reply:
+                assert reply.status_code == 200, name
+                reading.take(reply.iter_lines())
+    assert readings["ended"].answer == ended.answer
+    assert len(readings["long"].answer[0].text) == 150
+    assert 0 < len(readings["late"].answer[0].text) < 1000, "its time was up"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -272,3 +273,22 @@ def test_prefixes_survive_a_restart_of_the_server_and_a_killed_engine(tmp_path: 
         assert 'coppice_kv_tier_hits_total{tier="disk"} 0.0' not in metrics
         assert server.info()["engine"]["tiers"][0]["state"] == "on"
         assert psutil.pid_exists(server.process.pid)
+
+
+def test_a_request_cut_by_a_kill_goes_on_from_pages_on_disk(tmp_path: Path) -> None:
+    """Nothing else runs: what the next engine reads from the disk, it reads for the replay."""
+    engine = {"kv_cache_mib": 64, "kv_disk_dir": str(tmp_path)}
+    more = {"max_tokens": 300, "ignore_eos": True}
+    with ServerProcess("bundled", engine=engine) as server, server.http() as http:
+        text = ""
+        with http.stream("POST", "/v1/completions", json=BODY | more | {"stream": True}) as reply:
+            events = (line[6:] for line in reply.iter_lines() if line.startswith("data: {"))
+            for number, event in enumerate(events):
+                text += json.loads(event)["choices"][0]["text"]
+                if number == 40:
+                    kill_engine(server)
+        info = server.wait_idle()
+        assert info["engine_restarts"] == 1 and info["requests_replayed"] == 1
+        tier = info["engine"]["tiers"][0]
+        assert tier["hits"] >= 20, tier
+        assert answer(server, **more, cache_salt="undisturbed") == (text, 0)

@@ -79,11 +79,17 @@ class Injector:
         kill_engine(self._server)
 
     def stand_still(self, seconds: float) -> None:
-        """SIGSTOP for so long, then SIGCONT; if none runs, the next one."""
+        """See `stopped`, for so long."""
+        with self.stopped():
+            time.sleep(seconds)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """SIGSTOP, in the end SIGCONT; if none runs, the next one."""
         pid = self._server.wait_until(lambda info: info["engine_pid"] is not None)["engine_pid"]
         os.kill(pid, signal.SIGSTOP)
         try:
-            time.sleep(seconds)
+            yield
         finally:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)

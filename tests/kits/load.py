@@ -101,34 +101,77 @@ class Choice:
 Answer = dict[int, Choice]
 
 
-def ask(http: httpx.Client, body: Body, *, stream: bool) -> Answer:
-    """Send a request and gather its answer.
+class ErrorEventError(AssertionError):
+    """A stream brought an error event; ``code`` says which."""
+
+    def __init__(self, body: Body, error: dict[str, Any]) -> None:
+        super().__init__(f"{body}: {error}")
+        self.code: str = error["code"]
+
+
+class Savings:
+    """What the engine did not have to compute, by the usage of the replies.
+
+    Attributes:
+        cached: prompt tokens from the prefix cache.
+        guessed: tokens guessed ahead, and rightly.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.cached = self.guessed = 0
+
+    def add(self, usage: dict[str, Any]) -> None:
+        """Count one reply's."""
+        with self._lock:
+            self.cached += usage["prompt_tokens_details"]["cached_tokens"]
+            self.guessed += usage["completion_tokens_details"]["accepted_prediction_tokens"]
+
+    def require_both(self) -> None:
+        """A load that neither saved was no test of either."""
+        assert self.cached > 0, "nothing was read from the prefix cache"
+        assert self.guessed > 0, "no token was guessed ahead"
+
+    def __str__(self) -> str:
+        return f"{self.cached} tokens from the prefix cache, {self.guessed} guessed ahead"
+
+
+def with_usage(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same as a stream that says its usage."""
+    return fields | {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def ask(http: httpx.Client, body: Body, *, stream: bool, saved: Savings | None = None) -> Answer:
+    """Send a request and gather its answer; ``saved`` is told its usage.
 
     Raises:
         httpx.HTTPStatusError: it was refused.
-        AssertionError: a stream broke off or brought an error event.
+        ErrorEventError: a stream brought an error event.
+        AssertionError: a stream broke off.
     """
     path, fields = body
     answer: Answer = {}
 
-    def take(parts: list[dict[str, Any]]) -> None:
-        for part in parts:
+    def take(event: dict[str, Any]) -> None:
+        for part in event["choices"]:
             answer.setdefault(part["index"], Choice()).add(part)
+        if saved is not None and event.get("usage"):
+            saved.add(event["usage"])
 
     if not stream:
-        take(http.post(path, json=fields).raise_for_status().json()["choices"])
+        take(http.post(path, json=fields).raise_for_status().json())
         return answer
-    with http.stream("POST", path, json=fields | {"stream": True}) as reply:
+    with http.stream("POST", path, json=with_usage(fields)) as reply:
         if reply.status_code != 200:
             reply.read()
         reply.raise_for_status()
         last = ""
         for line in reply.iter_lines():
-            assert not line.startswith("event: error"), f"{path} {fields}: {line}"
             if line.startswith("data: {"):
                 event = json.loads(line[6:])
-                assert "error" not in event, f"{path} {fields}: {line}"
-                take(event["choices"])
+                if "error" in event:
+                    raise ErrorEventError(body, event["error"])
+                take(event)
             last = line or last
         assert last == "data: [DONE]", f"{path} {fields} broke off: {last}"
     return answer
@@ -181,6 +224,7 @@ class Crowd(Crew):
         self._connect = connect
         self._expected = expected
         self.done = self.refused = 0
+        self.saved = Savings()
         self.wrong: list[str] = []
 
     def _work(self, worker: int, rng: random.Random) -> None:
@@ -189,7 +233,7 @@ class Crowd(Crew):
             while not self._stop.is_set():
                 index, stream = rng.randrange(len(BODIES)), rng.random() < 0.6
                 try:
-                    answer = ask(http, BODIES[index], stream=stream)
+                    answer = ask(http, BODIES[index], stream=stream, saved=self.saved)
                 except httpx.HTTPStatusError as error:
                     if error.response.status_code != 503:
                         self.wrong.append(f"{BODIES[index]}: {error.response.text}")

@@ -6,9 +6,12 @@ token sent twice, and one never sent.
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from tests.kits.load import Answer, Body, Choice
+from tests.kits.load import Answer, Body, Choice, Crew, Savings, with_usage
 
 
 @dataclass
@@ -32,11 +35,12 @@ class Reading:
     error: dict[str, Any] | None = None
     done: bool = False
     cuts: int = 0
+    drains: int = 0
     longest_pause_s: float = 0.0
     last_s: float = 0.0
 
     def take(self, lines: Iterator[str]) -> None:
-        """Read one connection to its end."""
+        """Read one connection to its end, or until its server shuts down."""
         place = None
         for line in lines:
             if line.startswith("id: "):
@@ -48,7 +52,11 @@ class Reading:
                 if self.places:
                     self.longest_pause_s = max(self.longest_pause_s, now - self.last_s)
                 self.last_s = now
-                self._event(json.loads(line[6:]), place)
+                event = json.loads(line[6:])
+                if event.get("error", {}).get("code") == "shutting_down":
+                    self.drains += 1  # the [DONE] that follows is the server's, not the answer's
+                    return
+                self._event(event, place)
 
     def _event(self, event: dict[str, Any], place: str | None) -> None:
         if "error" in event:
@@ -123,3 +131,61 @@ def _request(
     if len(reading.places) % 2:
         return http.stream("GET", path, params={"after": reading.place})
     return http.stream("GET", path, headers={"Last-Event-ID": reading.place})
+
+
+class Readers(Crew):
+    """Closed-loop clients with resumable streams, over any number of server processes.
+
+    Args:
+        url: of each server process.
+        bodies: what is asked for.
+        expected: by index in ``bodies``, the undisturbed answer.
+        size: clients.
+        seed: which of them asks what, and where it cuts its connection.
+    """
+
+    def __init__(
+        self, url: str, bodies: Sequence[Body], expected: list[Answer], *, size: int, seed: int
+    ) -> None:
+        super().__init__(size, seed)
+        self._url, self._bodies, self._expected = url, bodies, expected
+        self.wrong: list[str] = []
+        self.saved = Savings()
+        self.done = self.cuts = self.drains = 0
+
+    def _connect(self) -> httpx.Client:
+        return httpx.Client(base_url=self._url, timeout=30.0, verify=False)
+
+    def _work(self, worker: int, rng: random.Random) -> None:
+        for number in itertools.count():
+            if self._stop.is_set():
+                return
+            index = rng.randrange(len(self._bodies))
+            path, fields = body = self._bodies[index]
+            cut_after = rng.choice((lambda: None, lambda: rng.randrange(1, 60)))
+            try:
+                reading = read_through(
+                    self._connect, (path, with_usage(fields)), f"r-{worker}-{number}",
+                    cut_after=cut_after, give_up_s=60.0,
+                )  # fmt: skip
+            except Exception as error:
+                self.wrong.append(f"{body}: {error!r}")
+                return
+            self.done += 1
+            self.cuts += reading.cuts
+            self.drains += reading.drains
+            if reading.answer != self._expected[index] or len(reading.ids) != 1:
+                self.wrong.append(f"{body}: {reading} != {self._expected[index]}")
+            if reading.error is not None or len(set(reading.calls)) != len(reading.calls):
+                self.wrong.append(f"{body}: {reading.error} {reading.calls}")
+            if reading.usage is None:
+                self.wrong.append(f"{body}: the usage did not come")
+            else:
+                self.saved.add(reading.usage)
+
+
+def free_port() -> int:
+    """One that nobody listens on, for a server that is started again."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections import Counter
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ import msgspec
 from coppice.engine.messages import FinishReason, Output, TokenLogprob
 from coppice.engine.request import Request
 from coppice.errors import ConfigError
+from coppice.server.moments import Moment, moment
 from coppice.server.segments import SEGMENT_BYTES, Segments
 
 log = logging.getLogger("coppice.server.journal")
@@ -42,7 +42,8 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a", kw_only=Tr
         call: id of the reply.
         request_id: of the HTTP request.
         key: name of the key it came with, never the secret.
-        created: unix seconds; ``deadline_unix`` too.
+        created: unix seconds, as the reply says it.
+        deadline: when it expires.
         fingerprint: of the model that answers it.
         requests: with their seeds.
         body: the JSON body without its prompt; says how the reply is framed.
@@ -55,7 +56,7 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a", kw_only=Tr
     key: str
     tenant: str
     created: int
-    deadline_unix: float
+    deadline: Moment
     fingerprint: str
     requests: list[Request]
     body: bytes
@@ -80,11 +81,11 @@ class Heard(msgspec.Struct, frozen=True, array_like=True, tag="h", gc=False):
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag="e", gc=False):
-    """A call that is over, since ``ended_unix``."""
+    """A call that is over, since ``at``."""
 
     call: str
     outcome: str
-    ended_unix: float
+    at: Moment
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -216,7 +217,7 @@ class Journal:
     def end(self, call: str, outcome: str) -> None:
         """Write down that a call is over; it can be taken up late until it is forgotten."""
         if self.on and call in self._kept:
-            self._put(_encode(Ended(call, outcome, time.time())))
+            self._put(_encode(Ended(call, outcome, moment())))
 
     def forget(self, call: str) -> None:
         """Nobody will ask for it again."""

@@ -53,7 +53,7 @@ async def recover(services: Services, text: TextService, facts: ModelFacts) -> N
             streams.journal.end(accepted.call, "cancelled")
             streams.journal.forget(accepted.call)
         elif ended is not None:
-            known.ended = time.monotonic() - max(0.0, time.time() - ended.ended_unix)
+            known.ended = time.monotonic() + min(0.0, ended.at.in_s)
             streams.remember(known)
         elif accepted.fingerprint != facts.fingerprint or accepted.route not in _ROUTES:
             services.ledger.open().close("failed")
@@ -118,7 +118,7 @@ def _call(services: Services, accepted: Accepted, key: Key, *, counted: bool) ->
 
 
 def _left_s(accepted: Accepted) -> float:
-    return max(accepted.deadline_unix - time.time(), 1e-3)
+    return max(accepted.deadline.in_s, 1e-3)
 
 
 def _events(

@@ -20,7 +20,7 @@ from coppice.errors import ConfigError
 
 log = logging.getLogger("coppice.server.journal")
 
-MAGIC = b"coppice journal 1\n"
+MAGIC = b"coppice journal 2\n"
 HEAD = struct.Struct("<II")
 SEGMENT_BYTES = 4 << 20
 

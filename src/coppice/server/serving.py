@@ -22,6 +22,7 @@ from coppice.server.errors import error_body, request_id_of
 from coppice.server.fields import review
 from coppice.server.generation import Generation
 from coppice.server.journal import Accepted
+from coppice.server.moments import moment
 from coppice.server.protocol.common import SamplingFields
 from coppice.server.replies import Frame, Gathered
 from coppice.server.resumable import HEADER
@@ -283,7 +284,7 @@ def _accepted(call: Call, route: Route, body: SamplingFields, frame: Frame) -> A
     return Accepted(
         call=call.id, request_id=call.request_id, route=call.route, key=call.key.name,
         tenant=call.key.tenant, created=call.created,
-        deadline_unix=time.time() + call.deadline - time.monotonic(),
+        deadline=moment(call.deadline - time.monotonic()),
         fingerprint=frame.fingerprint, requests=list(call.generation.requests),
         body=body.model_dump_json(
             exclude={route.prompt}, exclude_unset=True, by_alias=True

@@ -14,6 +14,7 @@ from coppice.engine.request import Request, SamplingParams
 from coppice.errors import ConfigError
 from coppice.server import segments
 from coppice.server.journal import Accepted, Journal, Recorded, call_of
+from coppice.server.moments import Moment
 from coppice.server.segments import MAGIC, Segments
 
 
@@ -21,7 +22,8 @@ def accepted(call: str, n: int = 2) -> Accepted:
     request = Request(id=f"{call}-0", prompt=[1, 2, 3], sampling=SamplingParams(n=n, seed=7))
     return Accepted(
         call=call, request_id=f"http-{call}", route="/v1/completions", key="ann", tenant="a",
-        created=1, deadline_unix=2.0, fingerprint="fp", requests=[request], body=b"{}",
+        created=1, deadline=Moment("boot", 1.0, 2.0), fingerprint="fp", requests=[request],
+        body=b"{}",
     )  # fmt: skip
 
 

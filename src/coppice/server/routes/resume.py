@@ -33,7 +33,7 @@ async def resume(
     if services.phase == "closed":
         raise CapacityError(
             "The server is shutting down; take the stream up when it is back.",
-            retry_after_s=5.0, code="draining",
+            retry_after_s=1.0, code="draining",
         )  # fmt: skip
     if not REQUEST_ID.fullmatch(request_id):
         raise NotFoundError("No stream has such an id.", param="request_id", code="not_resumable")
