@@ -126,24 +126,6 @@ def test_cancels_and_deadlines_act_while_the_engine_is_away(fake_model: Path) ->
         assert (info["outcomes"]["cancelled"], info["outcomes"]["expired"]) == (1, 1)
 
 
-def test_a_stopped_engine_is_not_ready_and_loses_nothing(fake_model: Path) -> None:
-    with ServerProcess(fake_model, fake={"step_s": 0.01}) as server, server.http() as http:
-        expected = text_of(server)
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(text_of, server)
-            server.wait_running(1)
-            kill_engine(server, signal.SIGSTOP)
-            deadline = time.monotonic() + 9
-            while http.get("/health/ready").json() != {"status": "stalled"}:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            assert http.get("/health/live").status_code == 200
-            kill_engine(server, signal.SIGCONT)
-            assert running.result() == expected
-        assert wait_ready(server) < 3
-        assert server.info()["engine_restarts"] == 0
-
-
 def test_an_engine_that_hangs_is_ended_and_its_requests_go_on(fake_model: Path) -> None:
     settings = {"engine_hang_s": 2.0}
     with ServerProcess(fake_model, fake={"step_s": 0.01}, server=settings) as server:

@@ -97,6 +97,19 @@ def test_second_sigterm_stops_now(fake_model: Path) -> None:
         running.join()
 
 
+def test_sigterms_until_the_very_end_leave_the_exit_code_alone(fake_model: Path) -> None:
+    with ServerProcess(fake_model, fake={"step_s": 0.02}) as server:
+        running, _ = in_thread(lambda: stream_lines(server.url, LONG))
+        server.wait_running(1)
+        deadline = time.monotonic() + 10
+        while server.process.poll() is None:
+            assert time.monotonic() < deadline
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.001)
+        assert server.process.returncode == 0
+        running.join()
+
+
 def test_engine_that_cannot_load_ends_the_server_with_its_reason(fake_model: Path) -> None:
     server = ServerProcess(fake_model, fake={"fatal": "The checkpoint has no weights."})
     assert server.exited(30) != 0

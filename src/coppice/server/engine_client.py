@@ -133,6 +133,11 @@ class AsyncEngine:
             CapacityError: the engine has not begun, or is gone for good.
             PoisonedError: the engine died of the same request before.
         """
+        if self.state == "stopped":  # while the request was made ready for it
+            raise CapacityError(
+                "The server is shutting down; ask another one.", retry_after_s=5.0,
+                code="draining",
+            )  # fmt: skip
         if self.state not in ("ready", "restarting"):
             raise CapacityError(
                 f"The engine is {self.state}; try again soon.", retry_after_s=2.0,
@@ -248,7 +253,8 @@ class AsyncEngine:
         self.fail_all("The server stopped.")
 
     def fail_all(self, message: str) -> None:
-        """End every live request with ``shutting_down``."""
+        """End every live request with ``shutting_down``, and take no more."""
+        self.state = "stopped"
         self._replay.fail(message, "shutting_down")
 
     def kill(self) -> None:
@@ -407,7 +413,8 @@ class Silence:
     """How long the engine has said nothing, in ticks of our own event loop.
 
     Counted, not measured: where this process itself stood still, or the machine slept, the
-    engine is not to blame.
+    engine is not to blame. Longer steps may take longer; what was told of as strange is not
+    learned, so that an engine that stood still is told of the next time, too.
     """
 
     NOTICED = 5
@@ -421,14 +428,17 @@ class Silence:
     def broken(self) -> None:
         """A message came."""
         if self.ticks:
-            self.longest = max(float(self.ticks), 0.9 * self.longest)
+            if not self.strange:
+                self.longest = max(float(self.ticks), self.longest)
             self.ticks = 0
 
     def tick(self) -> None:
-        """A tick went by."""
+        """A tick went by; those that were not silent make for shorter silences."""
+        if not self.ticks:
+            self.longest = max(1.0, 0.8 * self.longest)
         self.ticks += 1
 
     @property
     def strange(self) -> bool:
-        """Whether the engine is silent for longer than it usually is."""
+        """Whether the engine is silent for longer than it has been of late."""
         return self.ticks > max(self.NOTICED, 4 * self.longest)

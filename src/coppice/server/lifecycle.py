@@ -138,6 +138,7 @@ class Server:
             await self.services.streams.close()
             if self.services.text is not None:
                 await self.services.text.close()
+            _be_deaf(loop)
         return 0
 
     def _preempted(self) -> None:
@@ -280,6 +281,13 @@ class Server:
             timeout_graceful_shutdown=int(CLOSE_GRACE_S),
             backlog=min(self._config.max_connections, 1024),
         )
+
+
+def _be_deaf(loop: asyncio.AbstractEventLoop) -> None:
+    """Signals that come while Python cleans up must not change the exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        loop.remove_signal_handler(number)  # or closing the loop would, and let them kill
+        signal.signal(number, signal.SIG_IGN)
 
 
 async def _settled(future: Awaitable[object]) -> None:
