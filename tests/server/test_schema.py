@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,15 +23,16 @@ CHECKS = (
 
 def fuzz(server: ServerProcess, folder: Path, examples: int) -> None:
     """Run schemathesis with valid and invalid data, coverage and stateful phases on."""
+    seed = os.environ.get("TEST_SEED", "7")
     command = [
         sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json",
         "--phases", "examples,coverage,fuzzing,stateful", "--mode", "all",
         "--checks", ",".join(CHECKS), "--max-examples", str(examples),
-        "--request-timeout", "10", "--seed", "7", "--generation-deterministic",
+        "--request-timeout", "10", "--seed", seed, "--generation-deterministic",
         "--no-color", "--warnings", "off",
     ]  # fmt: skip
     made = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stdout[-8000:] + made.stderr[-2000:]
+    assert made.returncode == 0, f"TEST_SEED={seed}\n" + made.stdout[-8000:] + made.stderr[-2000:]
     assert "Stateful" in made.stdout
     print(made.stdout[-1000:])
 
