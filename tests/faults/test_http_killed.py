@@ -50,7 +50,7 @@ def test_killed_or_drained_at_random_moments_every_token_comes_once(
     rng.shuffle(signals)
     settings = {
         "journal": str(tmp_path / "journal"), "port": free_port(), "resume_s": 30.0,
-        "drain_s": 0.2,
+        "drain_s": 0.0,
     }  # fmt: skip
 
     def start() -> ServerProcess:

@@ -34,10 +34,12 @@ TOOL = {"type": "function", "function": {"name": "greet", "parameters": SCHEMA, 
 SAY = [{"role": "user", "content": "Tell me about the sea and the people who live by it."}]
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 Body = tuple[str, dict[str, Any]]
+GUESS = {"speculate": "suffix"}
+"""Whether it pays or not; the others of a load leave that to the engine."""
 
 BODIES: list[Body] = [
-    (COMPLETE, {"prompt": STORY, "max_tokens": 120, "temperature": 0, "ignore_eos": True}),
-    (COMPLETE, {"prompt": STORY, "max_tokens": 100, "seed": 1, "ignore_eos": True}),
+    (COMPLETE, {"prompt": STORY, "max_tokens": 120, "temperature": 0, "ignore_eos": True} | GUESS),
+    (COMPLETE, {"prompt": STORY, "max_tokens": 100, "seed": 1, "ignore_eos": True} | GUESS),
     (COMPLETE, {"prompt": STORY * 9, "max_tokens": 60, "seed": 2, "top_p": 0.9}),
     (COMPLETE, {"prompt": STORY * 9 + "Then", "max_tokens": 60, "temperature": 0}),
     (COMPLETE, {"prompt": "The sea", "n": 3, "max_tokens": 60, "seed": 3, "top_k": 30}),
