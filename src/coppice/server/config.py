@@ -40,7 +40,7 @@ class ServerConfig(RoomConfig):
         30.0, "Prompt work that may wait, in seconds of measured prefill.", minimum=0.1
     )
     overload_wait_s: float = setting(
-        0.5, "Wait for a first token, beyond twice what reading its prompt takes, that is borne "
+        0.3, "Wait for a first token, beyond twice what reading its prompt takes, that is borne "
         "for two seconds; after that newcomers are refused while anybody waits longer. 0 bears "
         "any wait.", minimum=0.0,
     )  # fmt: skip
