@@ -154,6 +154,7 @@ def judge(
     report.metrics = {
         "minutes": pauses[-1].at_s / 60, "capacity": at_capacity, "endings": dict(endings),
         "slope_mib_h": both.per_hour, "slope_uncertainty_mib_h": both.uncertainty,
+        "least_squares_mib_h": both.least_squares,
         "http_mib_h": slopes["http"].per_hour, "engine_mib_h": slopes["engine"].per_hour,
         "drift": drift, "memory": [[p.at_s, p.http_mib, p.engine_mib] for p in pauses],
         "why": [t.why for t in told if t.ending == "failed"][:5],
@@ -176,7 +177,10 @@ def _drift(told: list[Told], name: str) -> float:
 
 
 def _shown(slope: Slope) -> str:
-    return f"{slope.per_hour:+.2f} ± {slope.uncertainty:.2f} MiB/h"
+    return (
+        f"{slope.per_hour:+.2f} ± {slope.uncertainty:.2f} MiB/h "
+        f"(least squares {slope.least_squares:+.2f})"
+    )
 
 
 if __name__ == "__main__":
