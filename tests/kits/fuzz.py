@@ -1,40 +1,58 @@
-"""Opens mutated files in a process of its own: ``python -m tests.kits.fuzz KIND COUNT SEED``.
+"""Opens mutated files: ``python -m tests.kits.fuzz KIND COUNT SEED``.
 
-Each mutation must open or be refused as `CoppiceError`, within twice the file's size of
-Python memory (and a fixed allowance for objects of the parser itself). Exit status 0 says
-that all of them did; a crash or another exception ends the process otherwise, and the last
-line printed names the mutation.
+Sound files of the kind (see `tests.kits.fuzz_bases`) are mutated and loaded in turn, as deep
+as a starting server loads them. Each mutation must load or be refused with an error that puts
+the blame on the file. It may not end the process, take a minute, or take more memory than
+
+    twice the bytes of the files that are read, or what the sound file itself takes,
+    whichever is more, and `ALLOWANCE_BYTES`.
+
+The second half of the bound is for what becomes larger by design, which a mutation may not
+surpass: the objects of a vocabulary or a JSON file, and small matrices in blocks of a few bits
+that are expanded to floats. Files of weights load within twice their size. One file of each
+kind is so large that the allowance is small beside it; every `LARGE_EVERY`-th mutation is of
+that one.
+
+Memory is that of the whole process, whoever asks for it (Python, PyTorch, Rust, our kernels):
+before each load `RLIMIT_DATA` is lowered to what is mapped and the bound, so that reserving
+more fails, and the peak of what is resident is read from the kernel and held against the same
+bound. ``--sanitized`` is for builds with sanitizers, which take memory of their own: nothing is
+bounded then, and all that was packed is unpacked and multiplied, too.
+
+Exit status 0 says that all went so; else the last line names the mutation.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import mmap
+import os
 import random
+import resource
+import signal
+import sys
 import tempfile
-import tracemalloc
-from collections.abc import Callable
+import traceback
+
+from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
-import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from coppice.cache.marks import Marks
-from coppice.cache.segment import SegmentForm
-from coppice.cache.segments import FOLDER, SegmentStore
-from coppice.errors import CheckpointError, CoppiceError
-from coppice.models.adapter import Adapter
-from coppice.models.checkpoint import open_folder
-from coppice.models.gguf import open_gguf
-from coppice.models.safetensors import SafetensorsFile
-from coppice.models.tokenizer import Tokenizer
-from tests.kits.adapter import make_adapter
-from tests.kits.fake_model import write_fake_model
-from tools.make_model import make_model
+from coppice.errors import ConfigError, CoppiceError, RequestError
+from coppice.kernels import native_available
+from tests.kits.fuzz_bases import KINDS, Base
 
-MARKS = Marks(b"s" * 32, b"fuzz")
-ALLOWANCE_BYTES = 512 << 10
+ALLOWANCE_BYTES = 1 << 20
+"""For objects of the loader itself and what the C library and Python reserve at a time."""
+
+RESERVED_BYTES = 2 << 20
+"""What Python's and the C library's allocators may reserve ahead; it stays untouched."""
+
+LARGE_EVERY = 16
+MOST_SECONDS = 60
+PAGE_BYTES = mmap.PAGESIZE
 INTERESTING = (
     b"\xff" * 8,
     b"\0" * 8,
@@ -47,12 +65,12 @@ INTERESTING = (
 )
 
 
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    """One to four edits: bytes, interesting values, cuts, repetitions."""
+def mutate(data: bytes, rng: random.Random, head: int = 2048) -> bytes:
+    """One to four edits: bytes, interesting values, cuts, repetitions; most in the head."""
     made = bytearray(data)
-    head = min(len(made), 2048)  # headers are where decisions are made
+    head = min(len(made), head)
     for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(head if rng.random() < 0.8 else len(made)) if made else 0
+        at = rng.randrange(head if rng.random() < 0.6 else len(made))
         kind = rng.randrange(5)
         if kind == 0:
             made[at : at + 1] = bytes([rng.randrange(256)])
@@ -65,164 +83,199 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
             made[at:at] = made[at : at + rng.choice((1, 8, 64))]
         elif rng.random() < 0.2:
             del made[at:]
-        head = max(1, min(len(made), 2048))
+        head = max(1, min(len(made), head))
         if not made:
             break
     return bytes(made)
 
 
-def safetensors_file(folder: Path) -> Path:
-    """Three small tensors."""
-    path = folder / "model.safetensors"
-    save_file({name: torch.ones(4, 8) for name in ("a", "b", "c")}, path)
-    return path
+class Memory:
+    """What the process takes, as the kernel counts it."""
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None)
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: what is freed goes back
+            libc.mallopt(option, 64 << 10)
+        self._sizes = os.open("/proc/self/statm", os.O_RDONLY)
+        self._status = os.open("/proc/self/status", os.O_RDONLY)
+        self._clear = os.open("/proc/self/clear_refs", os.O_WRONLY)
+        self._before = 0
+
+    def begin(self, bound: int | None) -> None:
+        """From now on at most ``bound`` bytes more can be mapped; the peak is forgotten."""
+        os.pwrite(self._clear, b"5", 0)
+        sizes = os.pread(self._sizes, 256, 0).split()
+        self._before = int(sizes[1]) * PAGE_BYTES
+        if bound is not None:
+            most = int(sizes[5]) * PAGE_BYTES + bound + RESERVED_BYTES
+            resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
+
+    def end(self) -> int:
+        """Most bytes that were resident since, beyond those at first."""
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)
+        status = os.pread(self._status, 8192, 0)
+        peak = int(status.partition(b"VmHWM:")[2].split(maxsplit=1)[0]) << 10
+        return max(peak - self._before, 0)
 
 
-def open_safetensors(path: Path) -> None:
-    """Read every tensor."""
-    file = SafetensorsFile(path)
-    try:
-        for name in list(file.entries):
-            file.read(name)
-    finally:
-        file.close()
+class Unmeasured(Memory):
+    """Under a sanitizer, whose own memory would be measured."""
+
+    def __init__(self) -> None:
+        pass
+
+    def begin(self, bound: int | None) -> None:
+        pass
+
+    def end(self) -> int:
+        return 0
 
 
-def gguf_file(folder: Path) -> Path:
-    """A few keys and two tensors."""
-    path = folder / "model.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(3)
-    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
-    writer.add_tensor("token_embd.weight", np.ones((3, 32), np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+@dataclass(slots=True)
+class Target:
+    """A sound file with all that is known of it."""
+
+    base: Base
+    original: bytes
+    takes: int
 
 
-def tokenizer_file(folder: Path) -> Path:
-    """Bytes and a template."""
-    return write_fake_model(folder) / "tokenizer.json"
+class Fuzz:
+    """Loads mutations of one kind of file.
 
+    Args:
+        kind: one of `KINDS`.
+        folder: for the files.
+        memory: how memory is bounded.
+        unpack: whether what was packed is unpacked again.
 
-def adapter_file(folder: Path) -> Path:
-    """Factors for a toy model, which lies beside them."""
-    make_model("toy-llama", folder / "base", dtype="float32", tokenizer=False)
-    made = make_adapter(folder / "adapter", folder / "base", rank=2, alpha=4.0)
-    return made / "adapter_model.safetensors"
+    Attributes:
+        opened, refused: mutations.
+        most: memory that a mutation of a large file took, over the size of the files read.
+        sound: the same of the file as it was.
+    """
 
+    def __init__(self, kind: str, folder: Path, memory: Memory, *, unpack: bool) -> None:
+        self._memory = memory
+        self.opened = self.refused = 0
+        self.most = self.sound = 0.0
+        targets = [self._target(base) for base in KINDS[kind](folder, unpack)]
+        self._small = [target for target in targets if not target.base.large]
+        self._large = [target for target in targets if target.base.large]
 
-def add_adapter(path: Path) -> None:
-    """Open it, hold it against its model and read all it changes."""
-    source = open_folder(path.parent.parent / "base").source
-    try:
-        adapter = Adapter(path.parent)
+    def _target(self, base: Base) -> Target:
+        """A file as it is loads, and what is loaded once for all is loaded then."""
+        takes = 0
+        for _ in range(3):
+            self._memory.begin(None)
+            base.load()
+            takes = self._memory.end()
+        return Target(base, base.path.read_bytes(), takes)
+
+    def try_one(self, number: int, seed: int) -> str | None:
+        """Load a mutation; what is wrong with the loader, if anything."""
+        turn = self._large if number % LARGE_EVERY == LARGE_EVERY - 1 and self._large else None
+        targets = turn or self._small or self._large
+        target = targets[number % len(targets)]
+        base = target.base
+        data = mutate(target.original, random.Random(seed * 1_000_003 + number), base.head)
+        base.path.write_bytes(data)
+        size = len(data) + base.beside
+        bound = max(2 * size, target.takes) + ALLOWANCE_BYTES
+        wrong = None
+        self._memory.begin(bound)
         try:
-            adapter.check(source)
-            for name in adapter.factors:
-                adapter.change(name)
-        finally:
-            adapter.close()
-    finally:
-        source.close()
+            base.load()
+            self.opened += 1
+        except CoppiceError as error:
+            self.refused += 1
+            wrong = unlawful(error)
+        except BaseException as error:
+            wrong = "".join(traceback.format_exception(error))
+        used = self._memory.end()
+        if wrong is None and used > bound:
+            wrong = "took too much"
+        if base.large:
+            self.most = max(self.most, used / size)
+            self.sound = target.takes / (len(target.original) + base.beside)
+        if wrong is None:
+            return None
+        at = f"{base.path.parent.name}/{base.path.name}"
+        return f"{at}: {used:,} bytes for {size:,} (bound {bound:,}); {wrong}"
 
 
-SEGMENT = SegmentForm(b"f" * 32, page_size=16, page_bytes=256, slots=8)
-SEGMENT_PAGES = [
-    (MARKS.child(MARKS.root("fuzz"), [i] * 16), np.full(256, i, np.uint8)) for i in range(6)
-]
+def unlawful(error: CoppiceError) -> str | None:
+    """What is wrong about a refusal: it blames us, or hides that memory ran out."""
+    if not isinstance(error, ConfigError | RequestError):
+        return f"no refusal of a file: {error!r}"
+    causes: list[BaseException] = [error]
+    for cause in causes:
+        if isinstance(cause, MemoryError) or "allocate memory" in str(cause):
+            return f"asked for too much, and it was called {error!r}"
+        causes += [e for e in (cause.__cause__, cause.__context__) if e and e not in causes]
+    return None
 
 
-def segment_file(folder: Path) -> Path:
-    """Six KV pages on disk."""
-    store = open_segments(folder)
-    for key, page in SEGMENT_PAGES:
-        store.write(key, page)
-    store.close()
-    (path,) = (folder / FOLDER).glob("*.kv")
-    return path
-
-
-def open_segments(folder: Path) -> SegmentStore:
-    """The store in a folder."""
-    return SegmentStore(folder, SEGMENT, bound_bytes=1 << 20, max_age_s=1e9).open()
-
-
-def read_segment(path: Path) -> None:
-    """Ask for every page: each comes as it was written or not at all."""
-    store = open_segments(path.parents[1])
-    try:
-        asked, damaged = [key for key, _ in SEGMENT_PAGES], False
-        while asked:
-            found = store.read(asked)
-            for key, page in zip(asked, found, strict=False):
-                damaged |= page is None
-                if page is not None and not (page == key.tokens[0]).all():
-                    raise AssertionError("a damaged page was believed")
-            asked = asked[len(found) :]
-    finally:
-        store.close()
-    if damaged:
-        raise CheckpointError("Some pages are damaged.")
-
-
-KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
-    "safetensors": (safetensors_file, open_safetensors),
-    "gguf": (gguf_file, open_gguf),
-    "adapter": (adapter_file, add_adapter),
-    "adapter settings": (
-        lambda folder: adapter_file(folder).with_name("adapter_config.json"),
-        add_adapter,
-    ),
-    "kv-segment": (segment_file, read_segment),
-    "tokenizer": (tokenizer_file, lambda path: Tokenizer.from_folder(path.parent)),
-}
+def run(args: argparse.Namespace, reached: mmap.mmap) -> int:
+    """Try them all; the number of the mutation at hand is left in ``reached``."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        memory = Unmeasured() if args.sanitized else Memory()
+        fuzz = Fuzz(args.kind, Path(name), memory, unpack=args.sanitized)
+        for number in range(args.count):
+            reached[:8] = number.to_bytes(8, "little")
+            signal.alarm(MOST_SECONDS)
+            wrong = fuzz.try_one(number, args.seed)
+            if wrong is not None:
+                print(wrong)
+                return 1
+    said = f"{args.kind}: {args.count} mutations, {fuzz.opened} opened, {fuzz.refused} refused"
+    if not args.sanitized:
+        said += f"; memory at most {fuzz.most:.2f} times the file's size ({fuzz.sound:.2f} unmutated)"
+    print(said)
+    return 0 if 0 < fuzz.opened < args.count else 2
 
 
 def main() -> int:
-    """Try them all."""
-    parser = argparse.ArgumentParser(prog="tests.kits.fuzz", description=__doc__)
+    """Run in a process of its own, which may die."""
+    parser = argparse.ArgumentParser(
+        prog="tests.kits.fuzz",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("count", type=int, help="mutations")
     parser.add_argument("seed", type=int)
+    parser.add_argument("--sanitized", action="store_true", help="memory is not bounded")
     args = parser.parse_args()
-    kind, count, seed = args.kind, args.count, args.seed
-    make, open_ = KINDS[kind]
-    with tempfile.TemporaryDirectory() as name:
-        path = make(Path(name))
-        original = path.read_bytes()
-        open_(path)  # as it is, it opens; and what is loaded once is loaded now
-        opened = worst = 0
-        tracemalloc.start()
-        for number in range(count):
-            data = mutate(original, random.Random(seed * 1_000_003 + number))
-            path.write_bytes(data)
-            tracemalloc.reset_peak()
-            before = tracemalloc.get_traced_memory()[0]
-            try:
-                open_(path)
-                opened += 1
-            except CoppiceError:
-                pass
-            except BaseException as error:
-                print(f"{kind} mutation {number} of seed {seed}: {error!r}", flush=True)
-                return 1
-            used = tracemalloc.get_traced_memory()[1] - before
-            worst = max(worst, used - 2 * len(data))
-            if worst > ALLOWANCE_BYTES:
-                print(f"{kind} mutation {number} of seed {seed}: {used} bytes for {len(data)}")
-                return 1
-    print(f"{kind}: {count} mutations, {opened} opened, the others refused")
-    return 0 if 0 < opened < count else 2
+    if args.sanitized and not has_sanitizer():
+        parser.error("these kernels were built without sanitizers; see tools/test_sanitized.sh")
+    reached = mmap.mmap(-1, 8)
+    child = os.fork()
+    if child == 0:
+        code = 3
+        try:
+            code = run(args, reached)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        number = int.from_bytes(reached[:8], "little")
+        print(f"{args.kind} mutation {number} of seed {args.seed}: {how}", flush=True)
+    return abs(code)
+
+
+def has_sanitizer() -> bool:
+    """Whether the kernels that are loaded were built with an address sanitizer."""
+    if not native_available():
+        return False
+    from coppice.kernels import _native
+
+    return b"__asan_" in Path(_native.__file__).read_bytes()
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ K_QUANTS = {"Q4_K": (2, 2), "Q5_K": (2, 2), "Q6_K": (208, 0)}
 def convert(
     folder: Path,
     out: Path,
-    kind: str = "F32",
+    kind: str | dict[str, str] = "F32",
     tokenizer: Tokenizer | None = None,
     **options: Any,
 ) -> Path:
@@ -67,7 +67,8 @@ def convert(
     Args:
         folder: ``config.json`` and ``model.safetensors``.
         out: the GGUF file to write.
-        kind: storage of all matrices; vectors stay F32. For K-quants, which the package
+        kind: storage of all matrices, or of each by a part of its name in the file
+            (``attn_q.``), F32 where none is; vectors stay F32. For K-quants, which the package
             cannot make, random blocks replace the weights.
         tokenizer: written into the metadata when given, with ``options``.
 
@@ -90,13 +91,15 @@ def convert(
         there, back = permutation(name, config)
         offset = 1 if model_type.startswith("gemma") and name.endswith("norm.weight") else 0
         stored = there(value.astype(np.float32) + np.float32(offset))
-        raw, values = encode(stored, kind, rng)
-        add(writer, gguf_name(name, model_type), raw, kind if stored.ndim > 1 else "F32")
+        place = gguf_name(name, model_type)
+        raw, values = encode(stored, kind_of(place, kind), rng)
+        add(writer, place, raw, kind_of(place, kind) if stored.ndim > 1 else "F32")
         twin[name] = back(values) - np.float32(offset)
     for stacked, members in stacks.items():
         members.sort()
-        raw, values = encode(np.stack([weights[name] for _, name in members]), kind, rng)
-        add(writer, stacked, raw, kind)
+        stack = np.stack([weights[name] for _, name in members])
+        raw, values = encode(stack, kind_of(stacked, kind), rng)
+        add(writer, stacked, raw, kind_of(stacked, kind))
         twin.update({name: values[index] for index, name in members})
     if tokenizer is not None:
         write_tokenizer(writer, tokenizer, **options)
@@ -110,6 +113,13 @@ def convert(
     contiguous = {name: np.ascontiguousarray(value) for name, value in twin.items()}
     save_file(contiguous, twin_folder / "model.safetensors", {"format": "pt"})
     return twin_folder
+
+
+def kind_of(name: str, kind: str | dict[str, str]) -> str:
+    """How the matrix of this name is stored."""
+    if isinstance(kind, str):
+        return kind
+    return next((kind[part] for part in kind if part in name), "F32")
 
 
 def encode(value: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

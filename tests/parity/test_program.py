@@ -132,6 +132,20 @@ def test_same_bits_as_operators_one_by_one(folder: Path, dtype: Any) -> None:
         assert torch.equal(a, b)
 
 
+@torch.inference_mode()
+def test_same_bits_after_a_rotary_table_has_grown(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grown table lies elsewhere: the program asks where."""
+    one_by_one, compiled = (
+        load_model(folder, ops=get_ops(prefer="native")).decoder for _ in range(2)
+    )
+    expected, _ = run(by_operators(one_by_one))
+    monkeypatch.setattr("coppice.models.rope._BLOCK", 8)
+    found, _ = run(compiled)
+    assert all(map(torch.equal, found, expected))
+
+
 def sampled(logits: Tensor, vocab_size: int) -> list[int]:
     """What the sampler says of each row at temperature 0: a token, or ``-fault``."""
     params = [RowParams(vocab_size=vocab_size) for _ in logits]

@@ -20,10 +20,10 @@ class Rotation(Protocol):
     """Cosines and sines of positions, filled in as positions are first reached."""
 
     cos_sin: Tensor
-    """``[max_position, 2, R // 2]`` float32, see `Ops.rope_append`; stays where it is."""
+    """``[positions, 2, R // 2]`` float32, see `Ops.rope_append`."""
 
     def reach(self, positions: int) -> None:
-        """Make sure of positions below ``positions``."""
+        """Make sure of positions below ``positions``; ``cos_sin`` may be another tensor then."""
         ...
 
 

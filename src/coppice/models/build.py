@@ -13,7 +13,7 @@ from coppice.models.config import ModelConfig
 from coppice.models.mlp import FeedForward, GatedMLP
 from coppice.models.moe import ExpertMixture
 from coppice.models.packs import Packs
-from coppice.models.plan import DecoderPlan, LayerPlan, Stack, bias_of, check_plan, make_plan
+from coppice.models.plan import DecoderPlan, LayerPlan, Stack, bias_of, check_plan, plan_of
 from coppice.models.source import TensorSource
 from coppice.models.weights import DecoderWeights, LayerWeights
 from coppice.weights import BF16, Format, Linear, Part, Quantized
@@ -50,7 +50,7 @@ def build_weights(
     Raises:
         CheckpointError: tensors are missing, misshaped, unexpected or contradict ``config``.
     """
-    plan = make_plan(config, set(source.names()))
+    plan = plan_of(config, source)
     check_plan(plan, source)
     packs = packs or Packs()
     if not packs.complete:  # it was looked at when they were made

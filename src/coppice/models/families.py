@@ -12,10 +12,9 @@ from typing import Any
 
 from coppice.errors import CheckpointError, UnsupportedModelError
 from coppice.models.config import ACTIVATIONS, ExpertSpec, LayerSpec, ModelConfig, NormNames
-from coppice.models.fields import MAX_DIM, Fields, short
+from coppice.models.fields import MAX_DIM, MAX_LAYERS, Fields, short
 from coppice.models.rope import RopeSpec, max_context, read_rope
 
-MAX_LAYERS = 1024
 MAX_EXPERTS = 4096
 
 

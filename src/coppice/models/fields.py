@@ -10,6 +10,8 @@ from coppice.errors import CheckpointError, UnsupportedModelError
 MAX_DIM = 1 << 24
 """No dimension of a real model is larger; anything above is a damaged or hostile file."""
 
+MAX_LAYERS = 1024
+
 MAX_NUMBER = 1e30
 
 

@@ -22,7 +22,7 @@ from coppice.models.config import ModelConfig
 from coppice.models.decoder import Decoder
 from coppice.models.locate import BUNDLED, locate
 from coppice.models.packs import Kept, open_packs
-from coppice.models.plan import make_plan
+from coppice.models.plan import plan_of
 from coppice.models.quantized.source import NAME_KEY
 from coppice.models.registry import read_config
 from coppice.models.source import TensorSource
@@ -165,7 +165,7 @@ def _load(
     floats = _FORMATS[dtype]
     if scheme is None and checkpoint.config.get(NAME_KEY):  # checked when the source was opened
         scheme = named_scheme(checkpoint.config[NAME_KEY])
-    shapes = make_plan(config, set(source.names())).tensors().values()
+    shapes = plan_of(config, source).tensors().values()
     num_params = sum(math.prod(shape) for shape in shapes)
     depends = (checkpoint.config, source.fingerprint(), dtype, repr(scheme), ops.name)
     with open_packs(kept if num_params >= PACKED_FROM else None, *depends) as packs:

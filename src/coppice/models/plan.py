@@ -27,6 +27,10 @@ _OTHER_PARTS = (
 """Parts of image-and-text checkpoints that text never passes through."""
 
 
+_STACKED = ".experts.gate_up_proj"
+"""How tensors that hold all experts of a layer end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stack:
     """A linear layer made of checkpoint tensors stacked over output features.
@@ -109,6 +113,26 @@ class DecoderPlan:
             for stack in layer.stacks():
                 wanted.update(stack.tensors())
         return wanted
+
+
+def plan_of(config: ModelConfig, source: TensorSource) -> DecoderPlan:
+    """`make_plan` for a checkpoint, after a look at whether it can be as large as it says.
+
+    Raises:
+        CheckpointError: it has fewer tensors than layers and experts, or no embedding.
+    """
+    names = set(source.names())
+    count = 0 if config.experts is None else config.experts.count
+    stacked = sum(name.endswith(_STACKED) for name in names)
+    apart = max(sum(layer.experts for layer in config.layers) - stacked, 0)
+    if len(config.layers) + apart * count > len(names):
+        raise CheckpointError(
+            f"config.json asks for {len(config.layers)} layers"
+            + (f" and {apart} times {count} experts" if count else "")
+            + f" but the checkpoint has {len(names)} tensors; it is incomplete or config.json "
+            "belongs to another model."
+        )
+    return make_plan(config, names)
 
 
 def make_plan(config: ModelConfig, names: Collection[str]) -> DecoderPlan:

@@ -270,9 +270,10 @@ def _longrope_attention(spec: RopeSpec) -> float:
 
 
 class RopeTable:
-    """Cosines and sines of every position, ``[context, 2, dim // 2]`` float32.
+    """Cosines and sines of the positions reached so far, ``[positions, 2, dim // 2]`` float32.
 
-    Memory is touched block by block as positions are first reached.
+    It grows as positions are first reached, and is another tensor then: the longest context a
+    checkpoint declares is a number, and takes no memory before somebody needs it.
 
     Args:
         spec: the law; None makes a table without dims (layers without positions).
@@ -282,7 +283,8 @@ class RopeTable:
 
     def __init__(self, spec: RopeSpec | None, context: int, like: Tensor) -> None:
         dims = spec.dim // 2 if spec else 0
-        self.cos_sin = torch.empty(context, 2, dims, dtype=torch.float32, device=like.device)
+        places = 0 if spec else context
+        self.cos_sin = torch.empty(places, 2, dims, dtype=torch.float32, device=like.device)
         self._context = context
         self._filled = 0 if spec else context
         if spec:
@@ -302,6 +304,11 @@ class RopeTable:
                 self._fill(positions)
 
     def _fill(self, positions: int) -> None:
+        if positions > len(self.cos_sin):
+            whole = max(-(-positions // _BLOCK) * _BLOCK, 2 * len(self.cos_sin))
+            grown = self.cos_sin.new_empty(min(whole, self._context), *self.cos_sin.shape[1:])
+            grown[: self._filled] = self.cos_sin[: self._filled]
+            self.cos_sin = grown
         while self._filled < positions:
             start, stop = self._filled, min(self._filled + _BLOCK, self._context)
             angle = torch.arange(start, stop, device=self.cos_sin.device).float()[:, None]

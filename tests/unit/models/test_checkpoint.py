@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,29 @@ def test_config_contradicting_tensors(folder: Path) -> None:
     refused(folder, "no place in this model, first 'model.layers.3")
     edit_json(folder / "config.json", lambda c: c.update(num_hidden_layers=4, vocab_size=600))
     refused(folder, r"has shape \[512, 64\] where config.json asks for \[600, 64\]")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"num_hidden_layers": 1024}, "asks for 1024 layers but the checkpoint has 39 tensors"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4096},
+            "4 layers and 4 times 4096 experts but the checkpoint has 39 tensors",
+        ),
+    ],
+    ids=["layers", "experts"],
+)
+def test_more_layers_and_experts_than_tensors_cost_nothing(
+    folder: Path, change: dict[str, Any], match: str
+) -> None:
+    edit_json(folder / "config.json", lambda c: c.update(change))
+    tracemalloc.start()
+    try:
+        refused(folder, match)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_tied_head_that_differs_from_the_embedding(folder: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants as reference
 from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from coppice.errors import CheckpointError, CoppiceError, UnsupportedModelError
 from coppice.models.gguf import open_gguf
@@ -25,6 +26,7 @@ from coppice.models.gguf.pretokenizers import PRETOKENIZERS
 from coppice.models.gguf.quants import TYPES, dequantize
 from coppice.models.gguf.reader import GGUFReader
 from coppice.models.gguf.tokenizer import pre_tokenizer, read_tokenizer
+from coppice.models.load import load_model
 from coppice.models.tokenizer import Tokenizer, TokenizerFacts
 from tests.kits import toy_tokenizers
 from tests.kits.gguf_writer import llama3_factors, write_tokenizer
@@ -241,11 +243,44 @@ def test_opens_a_whole_model(tmp_path):
         ("qwen3moe", {}, CheckpointError),
         ("olmo2", {}, UnsupportedModelError),
         ("phi3", {}, UnsupportedModelError),
+        ("phi3", {"embedding_length": 1, "rope.dimension_count": 4}, UnsupportedModelError),
     ],
 )
 def test_unfit_models_are_refused(tmp_path, arch, keys, error):
     with pytest.raises(error):
         open_gguf(model(tmp_path / "m.gguf", arch, keys=keys))
+
+
+def test_layers_without_number_are_refused_before_they_are_listed(tmp_path):
+    keys = {"block_count": 2**31, "attention.sliding_window": 8}
+    path = model(tmp_path / "m.gguf", "gemma3", keys=keys)
+    with pytest.raises(CheckpointError, match="claims 2147483648 layers"):
+        open_gguf(path)
+
+
+def test_no_heads_are_refused(tmp_path):
+    keys = {"block_count": 46, "attention.head_count": 0}  # what tells Gemma 2's largest
+    path = model(tmp_path / "m.gguf", "gemma2", keys=keys)
+    with pytest.raises(CheckpointError):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("base", "count", "match"),
+    [(-1e4, 8, "freq_base is -10000.0"), (1e4, 70_000, "too large for rope factors")],
+)
+def test_odd_rope_factors_are_refused(tmp_path, base, count, match):
+    keys = [
+        entry("general.architecture", STRING, text("llama")),
+        entry("llama.attention.layer_norm_rms_epsilon", 6, struct.pack("<f", 1e-6)),
+        entry("llama.rope.freq_base", 6, struct.pack("<f", base)),
+        *(entry(f"llama.{key}", U32, struct.pack("<I", value)) for key, value in LLAMA.items()),
+    ]
+    tensors = [tensor("token_embd.weight", [32, 2]), tensor("rope_freqs.weight", [count], 0, 256)]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(file(keys, tensors, b"\x3f" * (256 + 4 * count)))
+    with pytest.raises(CheckpointError, match=match):
+        open_gguf(path)
 
 
 def test_uniform_arrays_count_as_one_number(tmp_path):
@@ -430,6 +465,16 @@ def test_merge_into_a_missing_token_is_a_checkpoint_error(tmp_path):
     writer.close()
     with pytest.raises(CheckpointError, match="Z Z"):
         open_tokenizer(tmp_path / "t.gguf")
+
+
+def test_pieces_that_split_in_too_many_ways_are_refused(tmp_path):
+    """A few hundred pieces in a file of 130 kB that would make 130,000 merges."""
+    pieces = ["<unk>", *("a" * length for length in range(1, 513))]
+    backend = Backend(
+        models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    with pytest.raises(CheckpointError, match="too many ways"):
+        tokenizer_file(tmp_path / "t.gguf", backend)
 
 
 def test_tokenizer_needs_no_torch(tmp_path):

@@ -77,6 +77,14 @@ def test_table_does_not_depend_on_when_it_was_filled() -> None:
     assert torch.equal(at_once.cos_sin, stepwise.cos_sin)
 
 
+def test_a_declared_context_takes_no_memory() -> None:
+    spec = read_rope({}, theta=10_000.0, head_dim=4096, max_position=1 << 24)
+    table = RopeTable(spec, 1 << 24, torch.empty(0))  # 256 GiB, were it made at once
+    assert table.cos_sin.nbytes == 0
+    table.reach(10)
+    assert table.cos_sin.nbytes <= 64 << 20
+
+
 def test_table_made_in_inference_mode_can_grow_outside() -> None:
     spec = read_rope({}, theta=10_000.0, head_dim=8, max_position=100)
     with torch.inference_mode():

@@ -7,6 +7,7 @@ import logging
 import random
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
@@ -16,7 +17,7 @@ from coppice.errors import (
     RequestError,
     UnsupportedModelError,
 )
-from coppice.models.tokenizer import Tokenizer, TokenizerFacts
+from coppice.models.tokenizer import Tokenizer, TokenizerFacts, refusing
 from tests.kits import toy_tokenizers
 from tests.kits.toy_tokenizers import save_folder
 
@@ -154,6 +155,24 @@ def test_malformed_files_are_checkpoint_errors(tmp_path, name, content):
     (folder / name).write_bytes(content)
     with pytest.raises(CheckpointError):
         Tokenizer.from_folder(folder)
+
+
+def test_a_rare_character_does_not_make_the_file_four_times_as_large(tmp_path):
+    folder = save_folder(toy_tokenizers.byte_level(), tmp_path)
+    path = folder / "tokenizer.json"
+    text = path.read_text().replace('"content": "<tool_call>"', '"content": "<🙂>"')
+    path.write_text(text + " " * (4 << 20))
+    tracemalloc.start()
+    try:
+        assert Tokenizer.from_folder(folder).token_id("<🙂>") is not None
+        assert tracemalloc.get_traced_memory()[1] < 2 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_that_runs_out_is_no_damaged_file():
+    with pytest.raises(MemoryError), refusing("tokenizer.json"):
+        raise MemoryError
 
 
 def test_unsupported_decoder_is_named(tmp_path):

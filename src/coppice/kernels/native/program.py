@@ -38,24 +38,9 @@ class NativeProgram:
         self._row_arrays = row_arrays
         self._rotations = list({id(x.rotation): x.rotation for x in decoder.layers}.values())
         self._vocab_size = decoder.head.out_features
-        self._first_page: weakref.ref[Tensor] | None = None
+        self._first_page: weakref.ref[Tensor] | None
         self._rows: Rows | None = None
-        self._native = _native.Program(
-            embedding=decoder.embedding.native,
-            head=decoder.head.native,
-            norm=decoder.norm.data_ptr(),
-            heads=decoder.num_heads,
-            kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            max_position=min(r.cos_sin.shape[0] for r in self._rotations),
-            qk_norm=QK_NORMS[decoder.qk_norm],
-            activation=ACTIVATIONS[decoder.activation],
-            eps=decoder.eps,
-            attention_scale=decoder.attention_scale,
-            attention_softcap=decoder.attention_softcap,
-            embedding_scale=decoder.embedding_scale,
-            layers=[_layer(layer) for layer in decoder.layers],
-        )
+        self._describe()
 
     def __call__(self, rows: Rows, k_pages: Sequence[Tensor], v_pages: Sequence[Tensor]) -> Tensor:
         """See `coppice.kernels.program.Program`."""
@@ -77,13 +62,37 @@ class NativeProgram:
 
     def _prepare(self, rows: Rows, k_pages: Sequence[Tensor], v_pages: Sequence[Tensor]) -> None:
         """Know the addresses, and the cosines of the rows' positions."""
-        if self._first_page is None or self._first_page() is not k_pages[0]:
-            self._use_pages(k_pages, v_pages)
         if rows is not self._rows:
             self._use_rows(rows)
         positions = self._arrays.positions
         for rotation in self._rotations:
             rotation.reach(positions)
+        if any(r.cos_sin is not t for r, t in zip(self._rotations, self._tables, strict=True)):
+            self._describe()
+        if self._first_page is None or self._first_page() is not k_pages[0]:
+            self._use_pages(k_pages, v_pages)
+
+    def _describe(self) -> None:
+        """Tell the extension where everything lies: at first, and when a table has grown."""
+        decoder = self._decoder
+        self._tables = [rotation.cos_sin for rotation in self._rotations]
+        self._first_page = None
+        self._native = _native.Program(
+            embedding=decoder.embedding.native,
+            head=decoder.head.native,
+            norm=decoder.norm.data_ptr(),
+            heads=decoder.num_heads,
+            kv_heads=decoder.num_kv_heads,
+            head_dim=decoder.head_dim,
+            max_position=min(len(table) for table in self._tables),
+            qk_norm=QK_NORMS[decoder.qk_norm],
+            activation=ACTIVATIONS[decoder.activation],
+            eps=decoder.eps,
+            attention_scale=decoder.attention_scale,
+            attention_softcap=decoder.attention_softcap,
+            embedding_scale=decoder.embedding_scale,
+            layers=[_layer(layer) for layer in decoder.layers],
+        )
 
     def _use_pages(self, k_pages: Sequence[Tensor], v_pages: Sequence[Tensor]) -> None:
         self._first_page = None

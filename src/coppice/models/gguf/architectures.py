@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from coppice.errors import CheckpointError, UnsupportedModelError
+from coppice.models.fields import MAX_LAYERS
 from coppice.models.gguf.quants import dequantize
 from coppice.models.gguf.reader import GGUFReader
 
@@ -22,6 +23,7 @@ _LLAMA3_BANDS = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
 _GEMMA2_27B_LAYERS = 46
 _GEMMA3_27B_LAYERS = 62
 _GEMMA3_PERIOD = 6
+_MAX_VECTOR = 65_536
 
 
 class Metadata:
@@ -65,6 +67,8 @@ class Metadata:
         info = self.reader.tensors.get(name)
         if info is None:
             return None
+        if math.prod(info.shape) > _MAX_VECTOR:
+            raise CheckpointError(f"{name} has shape {info.shape}, too large for rope factors.")
         values = dequantize(self.reader.tensor_bytes(info), info.kind)
         return [float(value) for value in values]
 
@@ -205,6 +209,8 @@ def _recover_bands(m: Metadata, factors: list[float]) -> dict[str, Any] | None:
     which is the same arithmetic.
     """
     theta = m.number("rope.freq_base", 10_000.0)
+    if theta <= 0:
+        raise CheckpointError(f"{m.architecture}.rope.freq_base is {theta}; the file is damaged.")
     if len(set(factors)) == 1 and factors[0] == 1.0:
         return None
     for factor, low, high, original in _LLAMA3_BANDS:
@@ -270,7 +276,7 @@ def _query_scale(m: Metadata, large: int) -> float:
     """``query_pre_attn_scalar``, which the format leaves to the layer count."""
     hidden, heads = m.integer("embedding_length"), m.integer("attention.head_count")
     if m.integer("block_count") == large:
-        return hidden / heads
+        return hidden / max(heads, 1)
     return m.integer("attention.key_length", hidden // max(heads, 1))
 
 
@@ -288,6 +294,8 @@ def _gemma2(m: Metadata) -> dict[str, Any]:
 def _sliding_layers(m: Metadata, period: int) -> list[bool]:
     """Which layers have a window: one flag per layer, or every ``period``-th layer has none."""
     count = m.integer("block_count")
+    if count > MAX_LAYERS:
+        raise CheckpointError(f"The file claims {count} layers; at most {MAX_LAYERS} are read.")
     stored = m.reader.metadata.get(f"{m.architecture}.attention.sliding_window_pattern")
     if isinstance(stored, np.ndarray):
         if len(stored) != count:
@@ -321,7 +329,7 @@ def _phi3(m: Metadata) -> dict[str, Any]:
     head_dim = m.integer("embedding_length") // max(m.integer("attention.head_count"), 1)
     rotated = m.integer("rope.dimension_count", head_dim)
     if rotated != head_dim:
-        found["partial_rotary_factor"] = rotated / head_dim
+        found["partial_rotary_factor"] = rotated / max(head_dim, 1)
     long, short = m.vector("rope_factors_long.weight"), m.vector("rope_factors_short.weight")
     if (long is None) != (short is None):
         raise CheckpointError(f"{m.reader.path.name} has only one of the two rope factor tensors.")

@@ -21,6 +21,9 @@ from coppice.models.tokenizer import PROBE, Tokenizer, TokenizerFacts, refusing
 
 MAX_VOCAB = 4 << 20
 MAX_PIECE = 512
+MAX_SPLITS = 64
+"""Ways to build a piece of two pieces, on average over the vocabulary; real ones have a few."""
+
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 _END_OF_TURN = frozenset(
     ["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>"]
@@ -206,6 +209,8 @@ def _merges_from_scores(parts: _Parts) -> list[tuple[str, str]]:
             left, right = vocab.get(piece[:cut]), vocab.get(piece[cut:])
             if left is not None and right is not None:
                 ranked.append((-float(scores[index]), left, right))
+        if len(ranked) > MAX_SPLITS * len(parts.tokens):
+            raise parts.wrong("its pieces can be split in too many ways")
     ranked.sort()
     return [(parts.tokens[left], parts.tokens[right]) for _, left, right in ranked]
 

@@ -18,7 +18,7 @@ from coppice.models.checkpoint import Checkpoint, open_folder
 from coppice.models.config import ModelConfig
 from coppice.models.decoder import Decoder
 from coppice.models.locate import locate
-from coppice.models.plan import LayerPlan, Stack, check_plan, make_plan
+from coppice.models.plan import LayerPlan, Stack, check_plan, plan_of
 from coppice.models.quantized.calibrate import Calibration, QuantizedLayer
 from coppice.models.quantized.folder import (
     FolderWriter,
@@ -149,7 +149,7 @@ class _Job:
                 "float checkpoint it was made of."
             )
         self.config = read_config(checkpoint.config)
-        self.plan = make_plan(self.config, set(source.names()))
+        self.plan = plan_of(self.config, source)
         check_plan(self.plan, source)
         self._source = source
         self._checkpoint = checkpoint
