@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers
 
 from coppice.cache.marks import Marks
@@ -40,7 +41,6 @@ from tests.kits.gguf_writer import convert
 from tests.kits.quantized_writer import write as write_quantized
 from tools.make_model import SHAPES, tensor_shapes, write_shard
 
-BUNDLED = Path(__file__).parents[2] / "src/coppice/models/bundled/target"
 TEXT = "The <s> quick 🙂 fox, abba\n"
 MESSAGES = [{"role": "user", "content": TEXT}]
 TINY: dict[str, Any] = {
@@ -66,6 +66,7 @@ class Base:
         load: what a start makes of it; raises `CoppiceError` where it refuses.
         head: its first bytes, where most decisions are made.
         beside: bytes of the other large files that ``load`` reads.
+        mapped: it is mapped, so that its own pages count as resident.
         large: it is so large that a fixed allowance for its loader is small beside it.
     """
 
@@ -73,6 +74,7 @@ class Base:
     load: Callable[[], object]
     head: int = 2048
     beside: int = 0
+    mapped: bool = False
     large: bool = False
 
 
@@ -227,13 +229,27 @@ def gguf_bases(folder: Path, unpack: bool) -> Iterator[Base]:
         tokenizer = byte_level_toy() if byte_level else scored_toy()
         specials = {"eos_token_id": 17} if byte_level else {"eos_token_id": 1, "bos_token_id": 1}
         source = write_model(folder / f"{name}-floats", config)
+        if name == "phi":
+            fuse(source / "model.safetensors")
         convert(source, path, kinds, tokenizer, specials=specials, template=TEMPLATE)
         shutil.rmtree(folder / f"{name}-twin")
         reader = GGUFReader(path)
         head = min(info.start for info in reader.tensors.values())
         reader.close()
         load = partial(load_gguf, path, unpack=unpack)
-        yield Base(path=path, load=load, head=head, large=name == "large")
+        yield Base(path=path, load=load, head=head, mapped=True, large=name == "large")
+
+
+def fuse(path: Path) -> None:
+    """One matrix for queries, keys and values, and one for gate and up, as Phi-3 has them."""
+    tensors = load_file(path)
+    for fused, parts in (
+        ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+    ):
+        found = [tensors.pop(f"model.layers.0.{part}.weight") for part in parts]
+        tensors[f"model.layers.0.{fused}.weight"] = torch.cat(found)
+    save_file(tensors, path)
 
 
 def byte_level_toy() -> tokenizers.Tokenizer:
@@ -275,8 +291,19 @@ def tokenizer_bases(folder: Path, unpack: bool) -> Iterator[Base]:
     yield of_tokenizer(write_fake_model(folder / "bytes") / "tokenizer.json")
     settings = write_fake_model(folder / "settings") / "tokenizer_config.json"
     yield of_tokenizer(settings)
-    shutil.copytree(BUNDLED, folder / "large", ignore=shutil.ignore_patterns("*.safetensors"))
-    yield of_tokenizer(folder / "large" / "tokenizer.json", large=True)
+    large = toy_tokenizers.save_folder(wordy(), folder / "large", chat_template=TEMPLATE)
+    yield of_tokenizer(large / "tokenizer.json", large=True)
+
+
+def wordy() -> tokenizers.Tokenizer:
+    """Sixty thousand tokens in as many merges; a file of some MiB."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(a, b) for a in letters for b in letters][:60_000]
+    vocab = {token: i for i, token in enumerate([*letters, *map("".join, pairs)])}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 def of_tokenizer(path: Path, *, large: bool = False) -> Base:
@@ -314,9 +341,7 @@ def segment_bases(folder: Path, unpack: bool) -> Iterator[Base]:
         marks = Marks(b"s" * 32, b"fuzz")
         keys = [marks.child(marks.root("fuzz"), [i] * 16) for i in range(6)]
         (folder / name).mkdir()
-        open_ = partial(
-            SegmentStore, folder / name, form, bound_bytes=64 << 20, max_age_s=1e9
-        )
+        open_ = partial(SegmentStore, folder / name, form, bound_bytes=64 << 20, max_age_s=1e9)
         store = open_().open()
         for number, key in enumerate(keys):
             store.write(key, np.full(page_bytes, number, np.uint8))
