@@ -36,7 +36,6 @@ import signal
 import sys
 import tempfile
 import traceback
-
 from dataclasses import dataclass
 from pathlib import Path
 
