@@ -40,6 +40,8 @@ class NativeProgram:
         self._vocab_size = decoder.head.out_features
         self._first_page: weakref.ref[Tensor] | None
         self._rows: Rows | None = None
+        for rotation in self._rotations:
+            rotation.reach(1)
         self._describe()
 
     def __call__(self, rows: Rows, k_pages: Sequence[Tensor], v_pages: Sequence[Tensor]) -> Tensor:
