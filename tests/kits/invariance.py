@@ -87,7 +87,7 @@ ITSELF = [
 """For weights the model can draft with itself."""
 
 SCHEDULED = [
-    Arrangement(True, 64, i % 2 == 0, True, "off", policy, order)
+    Arrangement(True, 64, i % 2 == 0 or order == "sessions", True, "off", policy, order)
     for i, (policy, order) in enumerate(
         itertools.product(get_args(PolicyName), get_args(OrderName))
     )
@@ -188,6 +188,8 @@ def outcomes(
             kv_ram_mib=64 if "ram" in arrangement.tier else 0,
             kv_disk_dir=None if arrangement.tier == "ram" else str(folder),
         )
+    if arrangement.order == "sessions":  # whose pages are kept, and taken all the same
+        config = replace(config, kv_cache_mib=1)
     requests = [_dressed(request, i) for i, request in enumerate(requests)]
     if gossip:
         speculator = gossiper(answers, seed, model.facts.vocab_size)
@@ -217,6 +219,9 @@ def outcomes(
         engine.close()
         assert sum(hits.values()) > 0, "no page came back: the arrangement tested nothing"
         assert arrangement.tier != "restart" or hits["disk"] > 0
+    if arrangement.order == "sessions":
+        assert engine.sessions.num_paused > 0, "nothing was paused: the arrangement tested nothing"
+        assert engine.pages.pins.num_revoked > 0, "nothing kept was taken: it tested little"
     if isinstance(planner, RandomPreemption):
         assert planner.count > 0, "nothing was preempted: the arrangement tested nothing"
     if arrangement.speculate != "off":
@@ -228,10 +233,12 @@ def outcomes(
 
 
 def _dressed(request: Request, i: int) -> Request:
-    """The request with a tenant, a priority and wishes, none of which may change its answer."""
+    """The request with a tenant, a session, a priority and wishes; none may change its answer."""
     return msgspec.structs.replace(
         request,
         tenant=f"t{i % 3}",
+        session=("", f"a{i % 10}", f"b{i}")[i % 3],
+        session_tool=("", "look", "test")[i % 3],
         priority=i % 2,
         ttft_s=(None, 0.001, 10.0)[i % 3],
         tpot_s=(None, 0.0001, 10.0)[i % 3],
@@ -250,7 +257,10 @@ def _run_among_neighbours(
 ) -> dict[str, Outcome]:
     rng = random.Random(seed)
     others = make_requests(model, len(requests) // 2, seed + 1)
-    crowd = [*requests, *(msgspec.structs.replace(r, id=f"n{r.id}") for r in others)]
+    crowd = [
+        *requests,
+        *(msgspec.structs.replace(r, id=f"n{r.id}", session=f"n{r.id}") for r in others),
+    ]
     rng.shuffle(crowd)
     for request in crowd:
         engine.submit(request)
@@ -261,7 +271,7 @@ def _collect(engine: Engine, wanted: set[str]) -> dict[str, Outcome]:
     tokens: dict[str, list[int]] = {}
     logprobs: dict[str, list[tuple[int, float, tuple[tuple[int, float], ...]]]] = {}
     found: dict[str, Outcome] = {}
-    while engine.has_work:
+    while engine.has_work or engine.sessions.outside:
         for output in engine.step():
             key = output.request_id
             tokens.setdefault(key, []).extend(output.tokens)

@@ -13,14 +13,15 @@ from typing import Any
 CONTEXT = 2048
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
-RENDER = CHAT + "/render"
-ROUTES = (CHAT, TEXT, TOKENIZE, DETOKENIZE, RENDER)
+RENDER, END_SESSION = CHAT + "/render", "/v1/sessions/end"
+ROUTES = (CHAT, TEXT, TOKENIZE, DETOKENIZE, RENDER, END_SESSION)
 GOOD: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "hi"}]},
     RENDER: {"messages": [{"role": "user", "content": "hi"}]},
     TEXT: {"prompt": "hi"},
     TOKENIZE: {"prompt": "hi"},
     DETOKENIZE: {"tokens": [1]},
+    END_SESSION: {"session_id": "hi"},
 }
 Body = tuple[str, str, bytes]
 
@@ -131,6 +132,8 @@ def _fields() -> Iterator[tuple[str, dict[str, Any]]]:
         "cache_salt": ["x" * 257, "a\x00b", 5],
         "user": ["x" * 257, "a\nb", {}],
         "speculate": ["on", "yes", True],
+        "session_id": ["", "x" * 257, "a\nb", "a\x00b", 5, ["a"], {}],
+        "session_tool": ["no session", "", "x" * 257, 5],
         "response_format": [
             "json", {"type": "xml"}, {"type": "json_schema"}, {},
             {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}},
@@ -246,6 +249,7 @@ def harmless_bodies() -> Iterator[Body]:
         (TEXT, {"prompt": "nul \x00 inside"}),
         (TEXT, {"prompt": "\u202e\ufeff\uffff 🙂"}),
         (TEXT, {"cache_salt": "x" * 256, "user": "y" * 256}),
+        (TEXT, {"session_id": "x" * 256, "session_tool": "../\u202e🙂"}),
         (TEXT, {"priority": -(2**31), "deadline_s": 86400}),
         (CHAT, {"messages": [{"role": "user", "content": ""}] * 60, "max_tokens": 1}),
         (CHAT, {"logprobs": True, "top_logprobs": 20}),

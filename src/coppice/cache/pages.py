@@ -24,7 +24,10 @@ class PageAllocator:
         self.num_pages = num_pages
         self.num_idle = 0
         """Pages whose only holder is the prefix tree: one eviction away from free."""
+        self.num_kept = 0
+        """Idle pages that are pinned: to be evicted last."""
         self._refs = [0] * num_pages
+        self._pins = [0] * num_pages
         self._cached = [False] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
 
@@ -67,6 +70,7 @@ class PageAllocator:
         self._refs[page] = count + 1
         if count == 1 and self._cached[page]:
             self.num_idle -= 1
+            self.num_kept -= self._pins[page] > 0
 
     def release(self, page: int) -> None:
         """One holder less; the last one frees the page."""
@@ -78,11 +82,28 @@ class PageAllocator:
             self._free.append(page)
         elif count == 1 and self._cached[page]:
             self.num_idle += 1
+            self.num_kept += self._pins[page] > 0
 
     def adopt(self, page: int) -> None:
         """The prefix tree becomes one more holder of a page someone holds."""
         self.retain(page)
         self._cached[page] = True
+
+    def is_pinned(self, page: int) -> bool:
+        """Whether somebody wants it evicted last."""
+        return self._pins[page] > 0
+
+    def pin(self, page: int) -> None:
+        """One more who wants a page of the prefix tree evicted last."""
+        self._pins[page] += 1
+        if self._pins[page] == 1 and self._refs[page] == 1:
+            self.num_kept += 1
+
+    def unpin(self, page: int) -> None:
+        """One less."""
+        self._pins[page] -= 1
+        if self._pins[page] == 0 and self._refs[page] == 1:
+            self.num_kept -= 1
 
     def evict(self, page: int) -> None:
         """The prefix tree lets go of a page."""
@@ -102,6 +123,8 @@ class PageAllocator:
             counts[page] += 1
         wrong = [p for p in range(self.num_pages) if counts[p] != self._refs[p]]
         idle = sum(c == 1 and cached for c, cached in zip(counts, self._cached, strict=True))
+        kept = sum(c == 1 and pins > 0 for c, pins in zip(counts, self._pins, strict=True))
         unheld = [p for p in range(self.num_pages) if counts[p] == 0]
-        if wrong or sorted(self._free) != unheld or idle != self.num_idle:
+        counted = (idle, kept) == (self.num_idle, self.num_kept)
+        if wrong or sorted(self._free) != unheld or not counted:
             raise EngineError(f"KV pages are not conserved: wrong counts at pages {wrong[:8]}.")

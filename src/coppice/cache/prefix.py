@@ -10,7 +10,7 @@ sequence may keep its node as a cursor.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -80,6 +80,8 @@ class PrefixTree:
         self._allocator = allocator
         self._keeper = keeper
         self._page_size = page_size
+        self.revoke: Callable[[], Iterator[int]] = _nothing
+        """Unpins pages, one at each ``next``, for when only pinned ones are left."""
         self._roots: dict[str, Node] = {}
         self._clock = 0
         self._queue: list[tuple[int, int, Node]] = []
@@ -134,15 +136,22 @@ class PrefixTree:
     def evict(self, num_pages: int) -> int:
         """Free up to ``num_pages`` pages nobody else holds, least recently used leaves first.
 
+        Pinned ones go after all others, in the order in which they are revoked.
+
         Returns:
             How many became free.
         """
         freed = 0
         in_use: list[Node] = []
-        while freed < num_pages and self._queue:
+        revoked = self.revoke()
+        while freed < num_pages:
+            if not self._queue:
+                if next(revoked, None) is None:
+                    break
+                continue
             last_use, _, node = heapq.heappop(self._queue)
             node.queued = False
-            if node.children:
+            if node.children or self._allocator.is_pinned(node.page):
                 continue
             if node.last_use != last_use:
                 self._enqueue(node)
@@ -154,6 +163,17 @@ class PrefixTree:
         for node in in_use:
             self._enqueue(node)
         return freed
+
+    def offer(self, node: Node) -> None:
+        """A page is no longer pinned: it may be evicted like any other."""
+        if not node.children:
+            self._enqueue(node)
+
+    def forget(self, node: Node) -> None:
+        """What nobody holds of the path to ``node`` goes before all others."""
+        for each in path(node):
+            if self._allocator.refs(each.page) == 1:
+                each.last_use = 0
 
     def nodes(self) -> Iterator[Node]:
         """Every page's node, parents before children."""
@@ -187,6 +207,18 @@ class PrefixTree:
             del self._roots[parent.scope]
         else:
             self._enqueue(parent)
+
+
+def path(node: Node) -> Iterator[Node]:
+    """The pages up to ``node``, the last one first."""
+    at: Node | None = node
+    while at is not None and at.parent is not None:
+        yield at
+        at = at.parent
+
+
+def _nothing() -> Iterator[int]:
+    return iter(())
 
 
 def _longest_shared(node: Node, rest: Sequence[int]) -> tuple[int, int]:

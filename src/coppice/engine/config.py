@@ -204,7 +204,8 @@ class EngineConfig(RoomConfig):
         "shortest",
         "Whose turn it is inside a tenant: the 'shortest' prompt within a priority, each overtaken "
         "for 20 times its own reading at most; 'arrival' within a priority, 'aged' where waiting "
-        "overcomes priority, or earliest 'deadline' (ttft_s).",
+        "overcomes priority, earliest 'deadline' (ttft_s), or 'sessions' of agents that go on "
+        "before new ones, which wait while KV pages are short; pages stay while tools run.",
     )
     tenant_weights: tuple[str, ...] = setting(
         (),
@@ -269,6 +270,12 @@ class EngineConfig(RoomConfig):
             raise ConfigError(
                 "kv_ram_mib and kv_disk_dir keep prefixes; set prefix_cache too, or drop them.",
                 param="prefix_cache",
+            )
+        if self.order == "sessions" and not self.prefix_cache:
+            raise ConfigError(
+                "Order 'sessions' keeps pages in the prefix cache; set prefix_cache too, or take "
+                "another order.",
+                param="order",
             )
         if self.page_size & (self.page_size - 1):
             raise ConfigError(

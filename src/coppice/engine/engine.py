@@ -23,6 +23,7 @@ from coppice.cache.pool import KVPool
 from coppice.cost import StepCost
 from coppice.engine.batch import BatchLayout
 from coppice.engine.calibrate import curve_for
+from coppice.engine.check import check_request
 from coppice.engine.config import EngineConfig
 from coppice.engine.endings import finish_reason, outcome, report
 from coppice.engine.faults import Fault
@@ -37,13 +38,14 @@ from coppice.engine.messages import (
     TokenLogprob,
 )
 from coppice.engine.metering import Meter
+from coppice.engine.policies import policy_of, session_stats
 from coppice.engine.request import Grammar, Request
 from coppice.engine.sampler import SamplerState
 from coppice.engine.sequence import Sequence
 from coppice.engine.speculate import load_draft, make_speculator, trees_for
 from coppice.engine.step import StepRunner, Walk
 from coppice.engine.tiering import make_pages, tier_stats
-from coppice.errors import ContextOverflowError, RequestError
+from coppice.errors import RequestError
 from coppice.kernels import expect_work
 from coppice.scheduling import (
     FlowQueues,
@@ -53,8 +55,8 @@ from coppice.scheduling import (
     Policy,
     Snapshot,
     StepPlanner,
-    make_policy,
 )
+from coppice.scheduling.sessions import Sessions
 from coppice.speculation import DraftTree, Speculator
 
 if TYPE_CHECKING:
@@ -116,7 +118,11 @@ class Engine:
         self._arrivals = 0
         self.cost = StepCost(curve_for(config, model))
         self._planner = planner or StepPlanner(self.cost)
-        self.policy = policy or _policy_of(config, num_pages, self.cost)
+        self.policy = policy or policy_of(config, num_pages, self.cost)
+        self.sessions: Sessions[Sequence] = Sessions(
+            self.pages, config.page_size, self.policy.admission, self.policy.retention
+        )
+        self.pages.pins.victims = lambda pinned: self.sessions.victims(self.clock(), pinned)
         self._waiting = FlowQueues(self.policy.flows)
         self.waiting_for = ""
         """Why the first in turn was not admitted by the last plan; empty when none waits."""
@@ -137,11 +143,12 @@ class Engine:
             context_length=self.context_length,
             num_pages=self.num_pages,
             kv_format=str(self._layout.dtype).removeprefix("torch."),
+            knows_sessions=self.sessions.matter,
         )
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` would do anything."""
+        """Whether `step` would do anything now; sessions outside the window wait for `attend`."""
         return bool(self._running or self._waiting)
 
     def submit(self, request: Request, progress: Iterable[Progress] = ()) -> None:
@@ -165,7 +172,7 @@ class Engine:
             self._held_back[request.id] = later
         if request.deadline_s is not None:
             heapq.heappush(self._deadlines, (self.clock() + request.deadline_s, request.id))
-        self._waiting.push(sequence)
+        self._enqueue(sequence)
 
     def cancel(
         self, request_id: str, reason: CancelReason = "cancelled", index: int | None = None
@@ -192,17 +199,25 @@ class Engine:
                 continue
             sequence.parked = on
             if not on:
-                self._waiting.push(sequence)
+                self._enqueue(sequence)
             elif sequence.slot >= 0:
                 self._stop_running(sequence)
-            else:
+            elif self.sessions.outside.pop(sequence.arrival, None) is None:
                 self._waiting.remove(sequence)
+
+    def attend(self) -> list[Output]:
+        """What time alone brings: deadlines pass, sessions are given up, others come in."""
+        now = self.clock()
+        outputs = self._expire(now)
+        for sequence in self.sessions.let_in(now, idle=not self.has_work):
+            self._waiting.push(sequence)
+        return outputs
 
     def step(self) -> list[Output]:
         """Plan, run and commit one step."""
         expect_work()
         began = self.clock()
-        outputs = self._expire(began)
+        outputs = self.attend()
         plan = self._planner.plan(self._snapshot(began))
         self._carry_out(plan, began)
         grants = plan.grants
@@ -233,9 +248,10 @@ class Engine:
         """Gauges and totals for metrics and admission."""
         per_row = self.cost.per_row_s
         allocator = self.pages.allocator
+        outside = "no place for another session" if self.sessions.outside else ""
         return StepStats(
             running=len(self._running),
-            waiting=len(self._waiting),
+            waiting=len(self._waiting) + len(self.sessions.outside),
             waiting_tokens=self._waiting.num_tokens,
             pages_used=self.num_pages - allocator.num_available,
             pages_cached=allocator.num_idle,
@@ -256,7 +272,8 @@ class Engine:
             tiers=tier_stats(self.pages.tiers),
             **({} if self._speculator is None else self._speculator.figures()),
             usage=self.meter.usage,
-            waiting_for=self.waiting_for if self._waiting else "",
+            waiting_for=self.waiting_for if self._waiting else outside,
+            sessions=session_stats(self.sessions, self.pages),
         )
 
     @property
@@ -279,34 +296,12 @@ class Engine:
     def _check(self, request: Request) -> None:
         if request.id in self._requests:
             raise RequestError(f"Request id {request.id!r} is in use; choose another.")
-        if not request.prompt:
-            raise RequestError("The prompt is empty; send at least one token.", param="prompt")
-        if len(request.prompt) >= self.context_length:
-            raise ContextOverflowError(
-                f"The prompt has {len(request.prompt)} tokens but the context holds "
-                f"{self.context_length}, one of them for the answer; shorten the prompt.",
-                param="prompt",
-            )
-        wanted = request.sampling.max_tokens
-        if wanted is not None and len(request.prompt) + wanted > self.context_length:
-            raise ContextOverflowError(
-                f"The prompt has {len(request.prompt)} tokens and {wanted} are asked for, but "
-                f"the context holds {self.context_length}; lower max_tokens or shorten the prompt.",
-                param="max_tokens",
-            )
-        if not 0 <= min(request.prompt) <= max(request.prompt) < self.model.facts.vocab_size:
-            raise RequestError(
-                f"Token ids must lie between 0 and {self.model.facts.vocab_size - 1}.",
-                param="prompt",
-            )
-
-        names = [] if self._speculator is None else self._speculator.names
-        if request.speculate not in ("off", "auto", *names):
-            raise RequestError(
-                f"This engine does not guess ahead by {request.speculate!r}; send 'auto' or 'off'"
-                f"{''.join(f', or {name!r}' for name in names)}, or start it with --speculate.",
-                param="speculate",
-            )
+        check_request(
+            request,
+            context_length=self.context_length,
+            vocab_size=self.model.facts.vocab_size,
+            proposers=[] if self._speculator is None else self._speculator.names,
+        )
 
     def _new_sequence(self, request: Request, progress: Progress) -> Sequence:
         params = request.sampling
@@ -353,8 +348,13 @@ class Engine:
         sequences.extend(new)
         if enqueue:
             for sequence in new:
-                self._waiting.push(sequence)
+                self._enqueue(sequence)
         return new
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        """To the tenants' queues; the first turn of a session may have to wait before."""
+        if self.sessions.arrive(sequence, self.clock()):
+            self._waiting.push(sequence)
 
     # -- a step ----------------------------------------------------------------------------
 
@@ -371,6 +371,7 @@ class Engine:
             ),
             max_sequences=config.max_sequences,
             prefill_chunk=config.prefill_chunk,
+            kept=self.sessions.kept(self._waiting, now),
         )
 
     def _carry_out(self, plan: Plan, now: float) -> None:
@@ -389,6 +390,7 @@ class Engine:
             if attached == "coming":  # those behind it need not wait for its disk
                 continue
             self._waiting.remove(sequence)
+            self.sessions.entered(sequence)
             self._batch.take_slot(sequence)
             insort(self._running, sequence, key=_rank)
             if not sequence.scheduled_s:
@@ -467,9 +469,14 @@ class Engine:
         """The one way out: pages back, last report, outcome counted."""
         if sequence.finish_reason is not None:
             return
+        now = self.clock()
         sequence.finish_reason = reason
-        self.policy.flows.charge(sequence, "ended", 0, self.clock())
-        self.meter.ended(sequence, self.clock())
+        self.policy.flows.charge(sequence, "ended", 0, now)
+        self.meter.ended(sequence, now)
+        if reason in ("stop", "length"):
+            self.sessions.pause(sequence, sequence.request.session_tool, now)
+        else:
+            self.sessions.cancelled(sequence, now)
         if self._speculator is not None and sequence.speculate != "off":
             self._speculator.learn(sequence, len(sequence.request.prompt))
         if sequence.slot >= 0:
@@ -485,15 +492,3 @@ class Engine:
 
 
 _rank = attrgetter("rank")
-
-
-def _policy_of(config: EngineConfig, num_pages: int, cost: StepCost) -> Policy:
-    return make_policy(
-        config.policy,
-        config.order,
-        weights=config.tenant_weights,
-        limit=config.tenant_limit,
-        pool_tokens=num_pages * config.page_size,
-        ageing_s=config.priority_ageing_s,
-        per_row_s=lambda: cost.per_row_s,
-    )

@@ -17,12 +17,14 @@ from coppice.engine.faults import describe
 from coppice.engine.memory import give_back_heap
 from coppice.engine.messages import (
     Cancel,
+    EndSession,
     FromEngine,
     Output,
     Park,
     Shutdown,
     Submit,
     ToEngine,
+    ToolCalled,
 )
 from coppice.engine.shortage import Shortage
 
@@ -66,6 +68,8 @@ class EngineLoop:
     def _round(self) -> None:
         self._last_beat = time.monotonic()
         messages: list[FromEngine] = []
+        if not self._engine.has_work:
+            messages.extend(self._engine.attend())
         self._take_messages(messages)
         if self._shortage.look():
             self._engine.pages.give_back()
@@ -96,7 +100,7 @@ class EngineLoop:
 
     def _take_messages(self, messages: list[FromEngine]) -> None:
         """Everything in the inbox; waits for something when there is no work."""
-        wait = not self._engine.has_work
+        wait = not self._engine.has_work and not messages
         while True:
             if not wait and self.inbox.empty():
                 return
@@ -128,6 +132,10 @@ class EngineLoop:
                     messages.extend(self._engine.cancel(request_id, reason, index))
                 case Park(request_id, on):
                     self._engine.park(request_id, on)
+                case ToolCalled(session, tool):
+                    self._engine.sessions.called(session, tool)
+                case EndSession(session):
+                    self._engine.sessions.end(session, self._engine.clock())
                 case Shutdown():
                     self._stopping = True
                     return

@@ -1,7 +1,7 @@
 """Messages between the front end and the engine, msgpack on the wire.
 
-Front end to engine: `Submit`, `Cancel`, `Park`, `Shutdown`. Engine to front end: `Ready`,
-`Output`, `StepStats`, `Fatal`. Frames are a 4-byte little-endian length and a tagged
+Front end to engine: `Submit`, `Cancel`, `Park`, `ToolCalled`, `EndSession`, `Shutdown`. Engine to
+front end: `Ready`, `Output`, `StepStats`, `Fatal`. Frames are a 4-byte little-endian length and a tagged
 msgpack body (`encode`, `Decoder`).
 """
 
@@ -61,6 +61,19 @@ class Park(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     on: bool
+
+
+class ToolCalled(msgspec.Struct, frozen=True, tag=True):
+    """The last answer in a session called this tool: the session is back when that has run."""
+
+    session: str
+    tool: str
+
+
+class EndSession(msgspec.Struct, frozen=True, tag=True):
+    """Nobody will go on with a session; unknown ones and those that have ended are no fault."""
+
+    session: str
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
@@ -123,6 +136,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Type of the KV pages, for example ``"bfloat16"`` or ``"int8"``."""
     kernels: str
     num_threads: int
+    knows_sessions: bool = False
+    """Whether anything depends on a request's session."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -199,6 +214,25 @@ class TierStats(msgspec.Struct, frozen=True, kw_only=True):
     damaged: int = 0
 
 
+class SessionStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Sessions of agents.
+
+    Attributes:
+        open: between their first and last turn; ``paused`` of them have no turn running.
+        waiting: first turns the window holds back.
+        given_up: in all, for not coming back in time.
+        kept_pages: KV pages to be evicted last, for the paused; ``revoked_pages`` had to go, in
+            all, before their session came back.
+    """
+
+    open: int = 0
+    paused: int = 0
+    waiting: int = 0
+    given_up: int = 0
+    kept_pages: int = 0
+    revoked_pages: int = 0
+
+
 class StepStats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Gauges and running totals, sent a few times a second while there is work."""
 
@@ -235,6 +269,7 @@ class StepStats(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Memory of earlier answers and of the requests' own indexes."""
     history_evicted: int = 0
     tiers: list[TierStats] = []
+    sessions: SessionStats = SessionStats()
     tree: StepTree | None = None
     """The largest token tree of the last step that had one."""
 
@@ -246,7 +281,7 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToEngine = Submit | Cancel | Park | Shutdown
+ToEngine = Submit | Cancel | Park | ToolCalled | EndSession | Shutdown
 FromEngine = Ready | Output | StepStats | Fatal
 
 _encoder = msgspec.msgpack.Encoder()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from coppice.cache import Match, PageAllocator, PrefixTree
+from coppice.cache.pins import Pins
 from coppice.cache.pool import KVPool
 from coppice.cache.restore import Restorer
 from coppice.cache.tiers import Tiers
@@ -31,12 +32,19 @@ class SequencePages:
         self._pool = pool
         self._page_size = pool.layout.page_size
         self._prefix_cache = prefix_cache
+        self.num_pages = pool.num_pages
         self.allocator = PageAllocator(pool.num_pages)
         self.tree = PrefixTree(self.allocator, self._page_size, tiers)
+        self.pins = Pins(self.allocator, self.tree)
         self.tiers = tiers
         self._restorer = None if tiers is None else Restorer(self.allocator, self.tree, tiers)
         self.queried_tokens = 0
         self.hit_tokens = 0
+
+    @property
+    def num_kept(self) -> int:
+        """See `coppice.scheduling.sessions.PinnedPages`."""
+        return self.allocator.num_kept
 
     def begin_step(self) -> None:
         """The sequences attached from now on have their pages brought back before one step."""
@@ -118,6 +126,21 @@ class SequencePages:
         """Let go of every prefix nobody uses, and of the memory of all free pages."""
         self.tree.evict(self.allocator.num_idle)
         self._pool.give_back(self.allocator.free)
+
+    def pin(self, session: str, sequence: Sequence) -> int:
+        """Keep what is sealed of a sequence longer than other prefixes; pages only it has."""
+        return 0 if sequence.node is None else self.pins.pin(session, sequence.node)
+
+    def unpin(self, session: str) -> None:
+        """Keep it no longer than other prefixes."""
+        self.pins.unpin(session)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Give every page back, those nobody else holds to be evicted first."""
+        node = sequence.node
+        self.release(sequence)
+        if node is not None:
+            self.tree.forget(node)
 
     def close(self) -> None:
         """The last call: pages go to disk where that is wanted."""

@@ -117,7 +117,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             or the only way in which it may; its tokens are the same either way. With ``off``
             nothing of its answer is remembered for later guesses.
         key: name of the API key it came with, for metering.
-        session: the agent's conversation it is a turn of; empty for none.
+        session: the agent's conversation it is a turn of, with its tenant; empty for none.
+        session_tool: what is expected to run after this turn, as far as is known before.
         ttft_s: seconds from arrival within which the first token is wanted.
         tpot_s: seconds a later token is wanted in, on average.
 
@@ -135,6 +136,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     speculate: SpeculateHow = "auto"
     key: str = ""
     session: str = ""
+    session_tool: str = ""
     ttft_s: float | None = None
     tpot_s: float | None = None
     wants_deadline: bool = True

@@ -17,7 +17,15 @@ from coppice.scheduling.flows import (
 )
 from coppice.scheduling.interfaces import Admission, FlowOrder, RequestOrder, Retention
 from coppice.scheduling.isolation import IsolatedCounters
-from coppice.scheduling.orders import ByAgedPriority, ByArrival, ByDeadline, ShortestPrompt
+from coppice.scheduling.orders import (
+    ByAgedPriority,
+    ByArrival,
+    ByDeadline,
+    BySessionService,
+    ShortestPrompt,
+)
+from coppice.scheduling.retention import ByHazard
+from coppice.scheduling.window import SessionWindow
 
 TYPICAL_ROW_S = 1 / 4000
 """A small model on two cores; where nothing is measured."""
@@ -25,7 +33,7 @@ FAIR = ("fair", "fair-predicted", "isolated")
 """Policies that know weights."""
 
 PolicyName = Literal["fcfs", "fair", "fair-predicted", "isolated", "rpm", "round-robin"]
-OrderName = Literal["arrival", "aged", "shortest", "deadline"]
+OrderName = Literal["arrival", "aged", "shortest", "deadline", "sessions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,7 @@ def make_policy(
     pool_tokens: int = 10_000,
     ageing_s: float = 30.0,
     per_row_s: Callable[[], float] = lambda: TYPICAL_ROW_S,
+    page_size: int = 32,
 ) -> Policy:
     """The policy of a configuration.
 
@@ -65,7 +74,9 @@ def make_policy(
         pool_tokens: tokens the KV pool holds; a twentieth is the quantum of ``round-robin``,
             and the credit of ``fair`` for pressing deadlines.
         ageing_s: seconds of waiting one level of priority is worth, for ``aged``.
-        per_row_s: seconds a prompt token takes, for ``shortest``.
+        per_row_s: seconds a prompt token takes, for ``shortest`` and for ``sessions``, which brings
+            the window and the retention of MARS with its order.
+        page_size: tokens a page, for the latter.
 
     Raises:
         ConfigError: a weight is no share.
@@ -85,6 +96,9 @@ def make_policy(
         flows = RoundRobin(credit)
     else:
         flows = InOrder()
+    if order == "sessions":
+        retention = ByHazard(lambda pages: pages * page_size * per_row_s())
+        return Policy(flows, BySessionService(), SessionWindow(), retention)
     orders: dict[str, RequestOrder] = {
         "arrival": ByArrival(),
         "aged": ByAgedPriority(ageing_s),

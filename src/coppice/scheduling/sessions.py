@@ -7,6 +7,7 @@ always revocably: a session that never comes back costs time and no page (MARS, 
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from math import inf
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -17,6 +18,9 @@ from coppice.scheduling.queue import FlowQueues
 
 LOST_AFTER_S = 600.0
 """A pause of so many seconds ends the session; a turn that comes later begins it anew."""
+
+MOST_PAUSED = 4096
+"""Sessions that may wait for a tool; beyond it the one that has waited longest is given up."""
 
 GROW = 0.5
 """Part of what sessions still grow by, on average, that is counted before they have."""
@@ -92,10 +96,17 @@ class Sessions(Generic[S]):
         self._total = 0
         self._final = 0.0
         self._paused: dict[str, _Pause] = {}
+        self.given_up = 0
+        """Sessions that did not come back in time."""
         self.outside: dict[int, S] = {}
         """First turns the gate holds back, by arrival."""
         self.cpu_pressure = 0.0
         """Tools that run or want to, over the places for them; told by who runs them."""
+
+    @property
+    def matter(self) -> bool:
+        """Whether there is a policy for them; without one none is kept in mind."""
+        return self._admission is not None or self._retention is not None
 
     @property
     def num_inside(self) -> int:
@@ -120,7 +131,7 @@ class Sessions(Generic[S]):
     def arrive(self, sequence: S, now: float) -> bool:
         """A turn was submitted; False when it must wait outside."""
         session = sequence.session
-        if not session:
+        if not session or not self.matter:
             return True
         pause = self._paused.get(session)
         if pause is not None and pause.returned_s is None:
@@ -135,20 +146,26 @@ class Sessions(Generic[S]):
         self._resize(session, self._more(sequence))
         return True
 
-    def let_in(self, now: float) -> list[S]:
-        """Those outside that may come in by now, in the order they came."""
+    def let_in(self, now: float, *, idle: bool = False) -> list[S]:
+        """Those outside that may come in by now, in the order they came.
+
+        An ``idle`` engine takes one whatever the window says: nobody is to wait for sessions
+        that may never come back.
+        """
         while self._paused:
             session, pause = next(iter(self._paused.items()))
             if pause.returned_s is not None or pause.began_s + self._lost_after_s > now:
                 break
-            self.end(session, now)
+            self._give_up(session, now)
         found: list[S] = []
         while self.outside and self._admission is not None:
             arrival, sequence = next(iter(self.outside.items()))
-            if not self._admission.gate(sequence.session):
+            session = sequence.session
+            forced = session in self._inside or (idle and not found)
+            if not self._admission.gate(session) and not forced:
                 break
             del self.outside[arrival]
-            self._resize(sequence.session, self._more(sequence))
+            self._resize(session, self._more(sequence))
             self._admission.feedback(self.kv_pressure, self.cpu_pressure, now)
             found.append(sequence)
         return found
@@ -161,6 +178,8 @@ class Sessions(Generic[S]):
     def pause(self, sequence: S, tool: str, now: float) -> None:
         """A turn ended, its pages not yet given back; the session is expected to go on."""
         session = sequence.session
+        if self.outside.pop(sequence.arrival, None) is not None or session not in self._inside:
+            return  # it never came in, or has ended while this turn ran
         whole = pages_for(sequence.num_computed, self._page_size)
         alone = whole
         if self._retention is not None:
@@ -168,8 +187,7 @@ class Sessions(Generic[S]):
                 alone = self._pages.pin(session, sequence)
             else:
                 self._pages.drop(sequence)
-        self._paused.pop(session, None)
-        self._paused[session] = _Pause(now, alone, whole)
+        self._pause(session, _Pause(now, alone, whole), now)
         self._resize(session, alone)
         if self._admission is not None:
             self._admission.feedback(self.kv_pressure, self.cpu_pressure, now)
@@ -180,7 +198,13 @@ class Sessions(Generic[S]):
         if self.outside.pop(sequence.arrival, None) is None and session in self._inside:
             pause = self._paused.pop(session, None) or _Pause(now, 0, 0)
             pause.began_s, pause.returned_s = now, None
-            self._paused[session] = pause
+            self._pause(session, pause, now)
+
+    def called(self, session: str, tool: str) -> None:
+        """The turn that ended last turned out to call this tool."""
+        pause = self._paused.get(session)
+        if pause is not None and pause.returned_s is None and self._retention is not None:
+            self._retention.on_pause(session, tool, pause.whole, pause.began_s)
 
     def end(self, session: str, now: float) -> None:
         """The session is over or given up. Unknown ones are ignored: ending twice is no fault."""
@@ -196,12 +220,13 @@ class Sessions(Generic[S]):
             if self._admission is not None:
                 self._admission.leave(session)
 
-    def victims(self, now: float) -> list[str]:
-        """Paused sessions, those first that lose their pages first.
+    def victims(self, now: float, among: Container[str] | None = None) -> list[str]:
+        """Paused sessions, or those ``among`` some, that first that loses its pages first.
 
         Those whose next turn waits come last, of them the first who waits longest.
         """
-        return sorted(self._paused, key=lambda session: self._place(session, now))
+        paused = [s for s in self._paused if among is None or s in among]
+        return sorted(paused, key=lambda session: self._place(session, now))
 
     def kept(self, waiting: FlowQueues, now: float) -> int:
         """Pages worth more to sessions whose tool runs than to those that wait.
@@ -210,17 +235,17 @@ class Sessions(Generic[S]):
         each, over the pages they want together. Sessions whose next turn waits are among
         these, with what they kept: pages held for many that wait would let none of them on.
         """
-        if self._retention is None or not self._paused or not waiting:
+        most = self._pages.num_kept  # some of them may have been taken by now
+        if self._retention is None or not most or not waiting:
             return 0
         price = len(waiting) / pages_for(waiting.num_tokens, self._page_size)
-        worth = sum(
-            pause.pages
-            for session, pause in self._paused.items()
-            if pause.returned_s is None
-            and pause.pages
-            and self._retention.rank(session, now) >= price
-        )
-        return min(worth, self._pages.num_kept)  # some of them may have been taken by now
+        worth = 0
+        for session, pause in self._paused.items():
+            if worth >= most:
+                break
+            if pause.returned_s is None and self._retention.rank(session, now) >= price:
+                worth += pause.pages
+        return min(worth, most)
 
     def next_loss_s(self) -> float:
         """When the longest pause ends the session."""
@@ -228,6 +253,16 @@ class Sessions(Generic[S]):
         if pause is None or pause.returned_s is not None:
             return inf
         return pause.began_s + self._lost_after_s
+
+    def _pause(self, session: str, pause: _Pause, now: float) -> None:
+        self._paused.pop(session, None)
+        self._paused[session] = pause
+        if len(self._paused) > MOST_PAUSED:
+            self._give_up(next(iter(self._paused)), now)
+
+    def _give_up(self, session: str, now: float) -> None:
+        self.given_up += 1
+        self.end(session, now)
 
     def _place(self, session: str, now: float) -> tuple[float, float]:
         back = self._paused[session].returned_s

@@ -219,7 +219,7 @@ class VirtualEngine:
 
     def let_in(self) -> None:
         """Queue the first turns the gate lets pass by now."""
-        for sequence in self.sessions.let_in(self.now):
+        for sequence in self.sessions.let_in(self.now, idle=not self.has_work):
             self.waiting.push(sequence)
 
     def begin(self, snapshot: Snapshot) -> Batch:

@@ -15,7 +15,16 @@ from coppice.server.early import EarlyRefusal
 from coppice.server.errors import install_handlers
 from coppice.server.guard import Guard, RequestIds
 from coppice.server.limits import BodyLimits
-from coppice.server.routes import chat, completions, health, models, operate, resume, text
+from coppice.server.routes import (
+    chat,
+    completions,
+    health,
+    models,
+    operate,
+    resume,
+    sessions,
+    text,
+)
 from coppice.server.services import Services
 
 PAGE_FOLDER = Path(__file__).parent / "page"
@@ -51,7 +60,7 @@ def build_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     install_handlers(app)
-    for room in (chat, completions, models, text, health, operate, resume):
+    for room in (chat, completions, models, text, health, operate, resume, sessions):
         app.include_router(room.router)
     install_document(app, services)
     if page is not None:

@@ -134,6 +134,27 @@ def check_characters(characters: int, context: int) -> None:
         )  # fmt: skip
 
 
+def session(fields: SamplingFields, tenant: str) -> str:
+    """The engine's name of the session a call is a turn of, ``""`` for none; a tenant's own.
+
+    Raises:
+        RequestError: a tool is named and no session.
+    """
+    if fields.session_id is None:
+        if fields.session_tool is not None:
+            raise RequestError(
+                "session_tool says what a session waits for; send session_id too.",
+                param="session_tool",
+            )
+        return ""
+    return session_of(tenant, fields.session_id)
+
+
+def session_of(tenant: str, session_id: str) -> str:
+    """The engine's name of a tenant's session."""
+    return f"{tenant}\n{session_id}"
+
+
 def chat_max_tokens(body: ChatRequest) -> int | None:
     """``max_completion_tokens`` and its older name ``max_tokens``."""
     new, old = body.max_completion_tokens, body.max_tokens

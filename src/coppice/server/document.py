@@ -101,6 +101,7 @@ def _examples(model: str) -> dict[str, dict[str, Any]]:
             "several": {"value": text | {"prompt": ["One", "Two"], "logprobs": 2}},
             "ids": {"value": text | {"prompt": [1, 2, 3], "stop": ["."], "top_k": 5}},
         },
+        "/v1/sessions/end": {"plain": {"value": {"session_id": "agent-1"}}},
         "/tokenize": {"plain": {"value": {"prompt": "Once upon a time"}}},
         "/detokenize": {"plain": {"value": {"tokens": [1, 2, 3]}}},
     }

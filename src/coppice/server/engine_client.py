@@ -13,6 +13,7 @@ from typing import Literal
 
 from coppice.engine.messages import (
     CancelReason,
+    EndSession,
     FromEngine,
     ModelFacts,
     Output,
@@ -20,6 +21,7 @@ from coppice.engine.messages import (
     Ready,
     StepStats,
     ToEngine,
+    ToolCalled,
 )
 from coppice.engine.request import Request
 from coppice.errors import (
@@ -178,6 +180,11 @@ class AsyncEngine:
         live = self.live.get(request_id)
         if live is not None and (index is None or index in live.open):
             self._replay.cancel(live, reason, index)
+
+    def tell_session(self, message: ToolCalled | EndSession) -> None:
+        """Say something of a session; an engine that is being started again knows of none."""
+        if self.state == "ready":
+            self._tell(message)
 
     def caught_up(self, request_id: str) -> None:
         """The queue was read to its end: a request parked for its slow reader goes on."""

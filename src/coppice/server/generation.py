@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from coppice.engine.detokenize import TextAssembler, TokenText
 from coppice.engine.faults import NOT_OURS
-from coppice.engine.messages import CancelReason, Output
+from coppice.engine.messages import CancelReason, Output, ToolCalled
 from coppice.engine.request import Request
 from coppice.errors import (
     ContextOverflowError,
@@ -35,6 +35,7 @@ _FAILURES = {
     error.code: error
     for error in (RowFaultError, PoisonedError, GrammarError, ContextOverflowError, RequestError)
 }
+MAX_TOOL_NAME = 256
 GRACE_S = 5.0
 """How long after the deadline the front end itself ends a call the engine has not ended."""
 
@@ -244,6 +245,11 @@ class Generation:
         """End what still runs; `deltas` then yields the endings the engine reports."""
         for request in self.requests:
             self._engine.cancel(request.id, reason)
+
+    def called(self, tool: str) -> None:
+        """The answer calls a tool: the session it belongs to is back when that has run."""
+        for session in {request.session for request in self.requests} - {""}:
+            self._engine.tell_session(ToolCalled(session, tool[:MAX_TOOL_NAME]))
 
     def abandon(self) -> None:
         """End what still runs and listen no more; harmless when all has ended."""

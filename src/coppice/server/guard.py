@@ -42,6 +42,7 @@ POLICIES: dict[str, Policy] = {
     "/v1/coppice/info": Policy.KEY,
     "/v1/requests/{request_id}/cancel": Policy.KEY,
     "/v1/requests/{request_id}/stream": Policy.KEY,
+    "/v1/sessions/end": Policy.KEY,
 }
 """Every route by its path template. What is not listed needs a key (and a test fails)."""
 

@@ -219,6 +219,7 @@ class _Figures(Collector):
             )
             yield self._gauge("waiting_tokens", "Prompt tokens waiting.", stats.waiting_tokens)
             yield from self._usage(stats)
+            yield from self._sessions(stats)
             yield from self._tiers(stats)
             yield self._total("engine_steps", "Steps.", stats.steps)
             yield self._total("engine_rows", "Rows of all steps.", stats.rows)
@@ -238,6 +239,17 @@ class _Figures(Collector):
                 value = tier.state == "on" if name == "up" else getattr(tier, name)
                 family.add_metric([tier.tier], float(value))
             yield family
+
+    def _sessions(self, stats: StepStats) -> Iterator[Metric]:
+        """Conversations of agents, where the engine knows of them."""
+        sessions = stats.sessions
+        found = GaugeMetricFamily("coppice_sessions", "Sessions by state.", labels=["state"])
+        for state in ("open", "paused", "waiting"):
+            found.add_metric([state], getattr(sessions, state))
+        yield found
+        yield self._total("sessions_given_up", "Not back in time.", sessions.given_up)
+        yield self._gauge("kv_pages_kept", "KV pages to be evicted last.", sessions.kept_pages)
+        yield self._total("kv_pages_revoked", "Kept, and taken.", sessions.revoked_pages)
 
     def _usage(self, stats: StepStats) -> Iterator[Metric]:
         """What every tenant and key used."""

@@ -74,11 +74,14 @@ class Pressure:
     def _late_since(
         self, live: Iterable[LiveRequest], now: float, rate_tok_s: float
     ) -> float | None:
-        """Since when somebody who still waits has been late."""
+        """Since when somebody who still waits has been late.
+
+        Sessions are not looked at: the engine's window has their first turns wait on purpose.
+        """
         due = [
             each.given_s + self._borne_s(len(each.request.prompt), rate_tok_s)
             for each in live
-            if not each.started and not each.parked
+            if not (each.started or each.parked or each.request.session)
         ]
         first = min(due, default=now)
         return first if first < now else None

@@ -112,6 +112,13 @@ class Services:
                 param="model", code="model_not_found",
             )  # fmt: skip
 
+    def session_warnings(self) -> list[str]:
+        """Why naming a session changes nothing, where it does not."""
+        facts = self.engine.facts
+        if facts is None or facts.knows_sessions:
+            return []
+        return ["sessions change nothing here; start the server with --order sessions"]
+
 
 def services_of(request: Request) -> Services:
     """The services of the application a request came to."""

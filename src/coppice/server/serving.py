@@ -108,6 +108,8 @@ def open_call(
         name = request_id_of(http.scope)
         services.streams.require_free(name, key.tenant, services.calls.live())
     warnings = review(body, strict=services.config.strict_fields)
+    if body.session_id is not None:
+        warnings += services.session_warnings()
     timeout_s = min(body.deadline_s or services.config.request_timeout_s,
                     services.config.request_timeout_s)  # fmt: skip
     call = Call(
@@ -164,6 +166,7 @@ async def _requests(
     if prepared.grammar is not None:
         await text.check(prepared.grammar, call.key.tenant)
         params = msgspec.structs.replace(params, grammar=prepared.grammar)
+    session = convert.session(body, call.key.tenant)
     remaining = max(call.deadline - time.monotonic(), 1e-3)
     requests = []
     for number, prompt in enumerate(prepared.prompts):
@@ -181,6 +184,8 @@ async def _requests(
                 deadline_s=remaining,
                 speculate=body.speculate or "auto",
                 key=call.key.name,
+                session=session if facts.knows_sessions else "",
+                session_tool=body.session_tool or "",
                 ttft_s=body.ttft_s,
                 tpot_s=body.tpot_s,
                 wants_deadline=body.deadline_s is not None,

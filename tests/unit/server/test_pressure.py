@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from coppice.engine.request import Request, SamplingParams
@@ -151,3 +152,13 @@ def test_who_moves_to_another_engine_is_not_late_for_the_time_before() -> None:
         live.started, live.given_s = False, queue.now
     queue.now += 0.2
     assert not queue.refuses()
+
+
+def test_first_turns_of_sessions_that_wait_on_purpose_are_not_late() -> None:
+    queue = Queue()
+    for _ in range(50):
+        live = queue.arrive()
+        live.request = msgspec.structs.replace(live.request, session="default\nagent")
+    assert not any(queue.pass_time(60.0)[:-1])
+    queue.arrive()
+    assert any(queue.pass_time(10.0)), "others are, as ever"

@@ -21,6 +21,7 @@ TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Label = Annotated[str, Field(max_length=256, pattern=r"^[^\x00-\x1f]*$")]
 """A name the server keeps or compares: no control characters."""
+Name = Annotated[Label, Field(min_length=1)]
 
 ERROR_STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
 
@@ -86,6 +87,8 @@ class SamplingFields(Fields):
     ttft_s: float | None = Field(None, gt=0, le=86400)
     tpot_s: float | None = Field(None, gt=0, le=86400)
     cache_salt: Label | None = None
+    session_id: Name | None = None
+    session_tool: Name | None = None
     speculate: SpeculateHow | None = None
     user: Label | None = None
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from coppice.server.protocol.common import Fields, Name
+
 
 class ModelCard(BaseModel):
     """A model that can be asked."""
@@ -54,3 +56,16 @@ class CancelReply(BaseModel):
 
     id: str
     cancelled: int
+
+
+class EndSessionRequest(Fields):
+    """Which session is over."""
+
+    session_id: Name
+
+
+class EndSessionReply(BaseModel):
+    """It is over, whether or not it was known."""
+
+    session_id: str
+    warnings: list[str] | None = None

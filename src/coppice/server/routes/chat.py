@@ -38,10 +38,12 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     def whole(frame: Frame, choices: list[Gathered]) -> Response:
         frame = frame.warn(turn.is_.warnings)
         assert frame.call.generation is not None
+        readers = [ToolText(turn.is_, f"{frame.call.id}-{choice.index}") for choice in choices]
         made = [
-            _choice(body, ToolText(turn.is_, f"{frame.call.id}-{choice.index}"), choice)
-            for choice in choices
+            _choice(body, reader, choice) for reader, choice in zip(readers, choices, strict=True)
         ]
+        for reader in readers:
+            _tell(frame.call.generation, reader)
         return JSONResponse(frame.whole(made, frame.call.generation))
 
     def chunks(frame: Frame, generation: Generation) -> Pieces:
@@ -161,8 +163,16 @@ async def _chunks(frame: Frame, generation: Generation, turn: Turn, *, scored: b
             ]
             if made:
                 yield made
+    for reader in readers:
+        _tell(generation, reader)
     if frame.include_usage:
         yield [(len(choices), event(frame.usage_chunk(generation)))]
+
+
+def _tell(generation: Generation, reader: ToolText) -> None:
+    """What a session waits for now, if this answer says so."""
+    for call in reader.calls()[:1]:
+        generation.called(call["function"]["name"])
 
 
 def _pieces(delta: Delta, reader: ToolText, *, scored: bool) -> list[dict[str, Any]]:
