@@ -1,8 +1,8 @@
 """Messages between the front end and the engine, msgpack on the wire.
 
 Front end to engine: `Submit`, `Cancel`, `Park`, `ToolCalled`, `EndSession`, `Shutdown`. Engine to
-front end: `Ready`, `Output`, `StepStats`, `Fatal`. Frames are a 4-byte little-endian length and a tagged
-msgpack body (`encode`, `Decoder`).
+front end: `Ready`, `Output`, `StepStats`, `Fatal`. Frames are a 4-byte little-endian length and a
+tagged msgpack body (`encode`, `Decoder`).
 """
 
 from __future__ import annotations
