@@ -41,7 +41,9 @@ MOST_WAIT_S = 0.002
 def measure(report: Report, *, quick: bool) -> None:
     """Both loads, the rules in alternation."""
     model = load_engine_model(PLAIN)
-    top = LiveAgents(model, replace(PLAIN, kv_cache_mib=PLENTY_MIB), crowd(math.inf, LOADS[1.0])).run()
+    top = LiveAgents(
+        model, replace(PLAIN, kv_cache_mib=PLENTY_MIB), crowd(math.inf, LOADS[1.0])
+    ).run()
     report.metrics["live: load 1, sessions/s"] = top.sessions_per_s
     runs: dict[tuple[float, str], list[Found]] = {(load, r): [] for load in LOADS for r in RULES}
     most_tools, alike = 0, True

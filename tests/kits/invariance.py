@@ -272,6 +272,9 @@ def _collect(engine: Engine, wanted: set[str]) -> dict[str, Outcome]:
     logprobs: dict[str, list[tuple[int, float, tuple[tuple[int, float], ...]]]] = {}
     found: dict[str, Outcome] = {}
     while engine.has_work or engine.sessions.outside:
+        if not engine.has_work:  # no tool comes back here: those outside may come in
+            for session in engine.sessions.victims(engine.clock()):
+                engine.sessions.end(session, engine.clock())
         for output in engine.step():
             key = output.request_id
             tokens.setdefault(key, []).extend(output.tokens)

@@ -108,7 +108,7 @@ class AgentDriver:
             if engine.has_work and (engine.step() > 0 or engine.steps == steps):
                 continue
             later = self._events[0][0] if self._events else inf
-            engine.now = max(engine.now, min(later, engine.sessions.next_loss_s()))
+            engine.now = max(engine.now, min(later, engine.sessions.next_change_s()))
 
     def _at(self, time_s: float, happens: Callable[[Agent], None], agent: Agent) -> None:
         self._pushed += 1

@@ -22,6 +22,9 @@ LOST_AFTER_S = 600.0
 MOST_PAUSED = 4096
 """Sessions that may wait for a tool; beyond it the one that has waited longest is given up."""
 
+IDLE_S = 10.0
+"""An engine without work for so long takes one more session, whatever the window says."""
+
 GROW = 0.5
 """Part of what sessions still grow by, on average, that is counted before they have."""
 
@@ -96,6 +99,7 @@ class Sessions(Generic[S]):
         self._total = 0
         self._final = 0.0
         self._paused: dict[str, _Pause] = {}
+        self._idle_since_s = inf
         self.given_up = 0
         """Sessions that did not come back in time."""
         self.outside: dict[int, S] = {}
@@ -149,9 +153,11 @@ class Sessions(Generic[S]):
     def let_in(self, now: float, *, idle: bool = False) -> list[S]:
         """Those outside that may come in by now, in the order they came.
 
-        An ``idle`` engine takes one whatever the window says: nobody is to wait for sessions
-        that may never come back.
+        Args:
+            now: at least whenever the engine has run out of work.
+            idle: whether it has none: nobody is to wait long for sessions that may never come back.
         """
+        self._idle_since_s = min(self._idle_since_s, now) if idle else inf
         while self._paused:
             session, pause = next(iter(self._paused.items()))
             if pause.returned_s is not None or pause.began_s + self._lost_after_s > now:
@@ -161,7 +167,7 @@ class Sessions(Generic[S]):
         while self.outside and self._admission is not None:
             arrival, sequence = next(iter(self.outside.items()))
             session = sequence.session
-            forced = session in self._inside or (idle and not found)
+            forced = session in self._inside or (now - self._idle_since_s >= IDLE_S and not found)
             if not self._admission.gate(session) and not forced:
                 break
             del self.outside[arrival]
@@ -247,12 +253,13 @@ class Sessions(Generic[S]):
                 worth += pause.pages
         return min(worth, most)
 
-    def next_loss_s(self) -> float:
-        """When the longest pause ends the session."""
+    def next_change_s(self) -> float:
+        """When time alone ends a session or lets one in, as far as is known now."""
         pause = next(iter(self._paused.values()), None)
-        if pause is None or pause.returned_s is not None:
-            return inf
-        return pause.began_s + self._lost_after_s
+        change_s = self._idle_since_s + IDLE_S if self.outside else inf
+        if pause is not None and pause.returned_s is None:
+            change_s = min(change_s, pause.began_s + self._lost_after_s)
+        return change_s
 
     def _pause(self, session: str, pause: _Pause, now: float) -> None:
         self._paused.pop(session, None)

@@ -20,7 +20,7 @@ from coppice.errors import ConfigError
 from coppice.scheduling import Policy
 from coppice.scheduling.orders import BySessionService
 from coppice.scheduling.retention import AlwaysDrop, AlwaysKeep, ByHazard
-from coppice.scheduling.sessions import LOST_AFTER_S
+from coppice.scheduling.sessions import IDLE_S, LOST_AFTER_S
 from coppice.scheduling.window import SessionWindow
 from tests.kits.models import SMALL
 
@@ -139,17 +139,23 @@ def test_first_turns_wait_outside_continuations_do_not(model: EngineModel) -> No
 
 def test_an_idle_engine_lets_one_in_at_a_time(model: EngineModel) -> None:
     engine = engine_of(model, narrow())
+    clock = engine.clock
+    assert isinstance(clock, Clock)
     engine.submit(turn("lost", "lost", answer=2))
     finish(engine)
     for name in ("b", "c"):
         engine.submit(turn(name, name, start=5))
     engine.attend()
+    assert sessions(engine) == (1, 1, 2), "a moment without work is none to lose a window for"
+    clock.now += IDLE_S
+    engine.attend()
     assert sessions(engine) == (2, 1, 1)
+    clock.now += IDLE_S
+    assert set(finish(engine)) == {"b"}, "it was not idle any more"
     engine.attend()
-    assert sessions(engine) == (2, 1, 1), "it is not idle any more"
-    assert "b" in finish(engine)
+    clock.now += IDLE_S
     engine.attend()
-    assert "c" in finish(engine)
+    assert set(finish(engine)) == {"c"}
 
 
 def test_a_session_that_never_comes_back_is_given_up(model: EngineModel) -> None:
@@ -316,6 +322,7 @@ def test_random_turns_cancels_parks_and_ends_leak_no_page(model: EngineModel, se
     for name in live:
         engine.park(name, on=False)
     while engine.has_work or engine.sessions.outside:
+        clock.now += 1.0
         engine.step()
         engine.check_pages()
     assert sum(engine.outcomes.values()) == len(live) > 30
