@@ -33,7 +33,7 @@ KV_MIB, PLENTY_MIB = 28, 512
 PLAIN = EngineConfig(order="arrival", kv_cache_mib=KV_MIB)
 OURS = replace(PLAIN, order="sessions")
 RULES = {"FCFS + LRU": PLAIN, "sessions": OURS}
-LOADS = {0.2: 12, 1.0: 60}
+LOADS = {0.2: 16, 1.0: 60}
 """Sessions by load."""
 MOST_WAIT_S = 0.002
 
