@@ -88,6 +88,7 @@ def simulate(
         pool_tokens=num_pages * config.page_size,
         ageing_s=config.priority_ageing_s,
         per_row_s=lambda: cost.per_row_s,
+        page_size=config.page_size,
     )
     with err().status("Simulating"):
         record = records.simulate(sequences, _step_time(curve), sizes, policy)

@@ -32,6 +32,7 @@ _LINKS: dict[tuple[str, str], dict[str, Any]] = {
         }
     },
 }
+GENERATING = ("ChatRequest", "CompletionRequest")
 _NO_BODY_ERRORS = ("408", "413", "415")
 
 
@@ -55,7 +56,7 @@ def install_document(app: FastAPI, services: Services) -> None:
 def _bound(document: dict[str, Any], model: str, facts: ModelFacts) -> None:
     """Say which model there is and how long its texts may be."""
     schemas = document["components"]["schemas"]
-    for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest"):
+    for name in (*GENERATING, "TokenizeRequest", "DetokenizeRequest", "EndSessionRequest"):
         fields = schemas[name]["properties"]
         fields["model"] = {"anyOf": [{"type": "string", "enum": [model]}, {"type": "null"}]}
         for field in ("max_tokens", "max_completion_tokens", "min_tokens"):

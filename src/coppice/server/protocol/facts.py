@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from coppice.server.protocol.common import Fields, Name
+from coppice.server.protocol.common import Fields, Label, Name
 
 
 class ModelCard(BaseModel):
@@ -61,6 +61,7 @@ class CancelReply(BaseModel):
 class EndSessionRequest(Fields):
     """Which session is over."""
 
+    model: Label | None = None
     session_id: Name
 
 

@@ -20,6 +20,7 @@ router = APIRouter(route_class=BoundedRoute)
 async def end_session(body: EndSessionRequest, request: Request) -> Response:
     """Say that a session of yours is over, so that its KV pages and place go to others at once."""
     services = services_of(request)
+    services.require_model(body.model)
     warnings = review(body, strict=services.config.strict_fields) + services.session_warnings()
     name = convert.session_of(caller_of(request).tenant, body.session_id)
     services.engine.tell_session(EndSession(name))
