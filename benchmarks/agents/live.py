@@ -3,7 +3,7 @@
 SWE-agent's sessions, all lengths a fifth, on the bundled model with KV for a part of them. A tool
 is a child process that sleeps as long as the recorded tool ran; at most 16 run at once. Load 1 is
 the rate at which the same engine with KV for everybody ends as many sessions that all come at
-once. First come first served with the least recently used prefix out first (the defaults) and
+once. ``--order arrival`` (first come first served, the least recently used prefix out first) and
 ``--order sessions`` take turns; answers must be the same tokens.
 """
 
