@@ -19,7 +19,7 @@ from tests.kits.fuzz_bases import KINDS, Base
 
 SEED = int(os.environ.get("TEST_SEED", "1"))
 SIZE = 4 << 20
-UNTOUCHED = 16 * SIZE
+UNTOUCHED = 64 * SIZE
 """More than the C library ever takes from its heap: of what is free there nothing is asked for."""
 
 
