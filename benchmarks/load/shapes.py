@@ -271,9 +271,9 @@ class Idle:
     """Connections that are held open and say nothing.
 
     Attributes:
-        streams: streamed answers of a hundred tokens that began and then were not read.
+        streams: that were let in, most of them to wait, and are not read.
         connections: that had one answer and were kept for a next request.
-        open: of both, how many the server had not closed when memory was read.
+        open: of these, how many the server had not closed when memory was read.
     """
 
     streams: int
@@ -288,18 +288,16 @@ def idle_connections(server: Running, *, streams: int = 200, others: int = 800) 
     before, held = anonymous_mib(server.family()), []
     live = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     try:
-        for number in range(streams):
-            ask = make_ask(100, 100, 60_000 + number).data
-            held.append(_ask_and_hold(server.port, ask.replace(b": close", b": keep-alive")))
-        begun = sum(_begins_well(raw, timeout_s=120.0) for raw in held)
-        while _busy(server):
-            time.sleep(0.5)
         kept = [_ask_and_hold(server.port, live) for _ in range(others)]
         held += kept
         well = sum(_begins_well(raw, timeout_s=20.0) for raw in kept)
-        time.sleep(1.0)
-        told = asyncio.run(send(server.port, make_ask(16, 8, 3), patience_s=20.0))
-        grown, still = anonymous_mib(server.family()) - before, sum(map(_is_open, held))
+        for number in range(streams):
+            ask = make_ask(100, 200, 60_000 + number).data
+            held.append(_ask_and_hold(server.port, ask))
+        time.sleep(0.5)
+        grown, still = anonymous_mib(server.family()) - before, sum(map(_is_open, kept))
+        told = asyncio.run(send(server.port, make_ask(16, 8, 3), patience_s=60.0))
+        begun = sum(_begins_well(raw, timeout_s=120.0) for raw in held[others:])
     finally:
         for raw in held:
             raw.close()
