@@ -49,7 +49,7 @@ def simulate(
     them (measured now where they were not); sizes and policy are the engine's settings.
     """
     from coppice.cost import StepCost
-    from coppice.scheduling import make_policy
+    from coppice.engine.policies import policy_of
     from coppice.scheduling import record as records
     from coppice.scheduling.traces import as_sequences, read_trace
     from coppice.scheduling.virtual import Sizes
@@ -79,17 +79,7 @@ def simulate(
         prefill_chunk=config.prefill_chunk,
         prefix_cache=config.prefix_cache,
     )
-    cost = StepCost(curve)
-    policy = make_policy(
-        config.policy,
-        config.order,
-        weights=config.tenant_weights,
-        limit=config.tenant_limit,
-        pool_tokens=num_pages * config.page_size,
-        ageing_s=config.priority_ageing_s,
-        per_row_s=lambda: cost.per_row_s,
-        page_size=config.page_size,
-    )
+    policy = policy_of(config, num_pages, StepCost(curve))
     with err().status("Simulating"):
         record = records.simulate(sequences, _step_time(curve), sizes, policy)
     name = f"{trace.name}: policy {config.policy}, order {config.order}"
