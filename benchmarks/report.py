@@ -115,7 +115,12 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
+    """The commit measured, with `-dirty` where its files were changed, kept results aside."""
+    name = _git("describe", "--always") or "unknown"
+    changed = _git("status", "--porcelain", "-uno", "--", ":/", ":/!benchmarks/results")
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
