@@ -153,7 +153,7 @@ class Journal:
         self._news, self._urgent = asyncio.Event(), asyncio.Event()
         self._kept: dict[str, Counter[tuple[int, int]]] = {}
         self._untidy = False
-        self.on = False
+        self.on = self.frozen = False
         self.left_out = 0
         """Token records not written for want of speed."""
 
@@ -227,7 +227,7 @@ class Journal:
 
     def freeze(self) -> None:
         """Take no more records: what has not ended now is for the next process to end."""
-        self.on = False
+        self.on, self.frozen = False, True
 
     async def close(self) -> None:
         """Write what waits and let go of the folder."""

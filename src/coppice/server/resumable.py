@@ -19,7 +19,13 @@ from functools import partial
 from typing import Any
 
 from coppice.engine.messages import Output
-from coppice.errors import EngineError, NameInUseError, NotFoundError, TakenOverError
+from coppice.errors import (
+    CapacityError,
+    EngineError,
+    NameInUseError,
+    NotFoundError,
+    TakenOverError,
+)
 from coppice.server.calls import Call
 from coppice.server.errors import error_body
 from coppice.server.event_log import EventLog
@@ -101,13 +107,22 @@ class Resumables:
         assert self.journal is not None
         return partial(self.journal.hear, call)
 
-    async def accept(self, accepted: Accepted, pieces: Pieces, call: Call) -> Resumable:
-        """Run a new call; returns once it is in the journal."""
+    def accept(
+        self, accepted: Accepted, pieces: Pieces, call: Call
+    ) -> tuple[Resumable, asyncio.Future[None]]:
+        """Run a new call; nothing of it may be sent before the future is done.
+
+        Raises:
+            CapacityError: it is too late: the next process would not know of it.
+        """
         assert self.journal is not None
+        if self.journal.frozen:
+            raise CapacityError(
+                "The server is shutting down; send the request again when it is back.",
+                retry_after_s=1.0, code="draining",
+            )  # fmt: skip
         written = self.journal.accept(accepted)
-        known = self.run(call, EventLog(slots_of(accepted)), pieces)
-        await written
-        return known
+        return self.run(call, EventLog(slots_of(accepted)), pieces), written
 
     def run(self, call: Call, events: EventLog, pieces: Pieces) -> Resumable:
         """Run a call; it waits ``resume_s`` for its reader."""

@@ -244,10 +244,10 @@ async def answer(
             pieces = events_of(services, call, chunks(frame, generation))
             if call.resumable:
                 accepted, headers = _accepted(call, route, body, frame), {HEADER: "true"}
+                known, written = services.streams.accept(accepted, pieces, call)
                 handed_over = True
-                events = services.streams.read(
-                    await services.streams.accept(accepted, pieces, call)
-                )
+                await written
+                events = services.streams.read(known)
             else:
                 handed_over, closed = True, partial(services.calls.settle, call)
                 events, headers = joined(pieces), {}

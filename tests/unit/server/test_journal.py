@@ -6,15 +6,17 @@ import asyncio
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coppice.engine.messages import Output, TokenLogprob
 from coppice.engine.request import Request, SamplingParams
-from coppice.errors import ConfigError
+from coppice.errors import CapacityError, ConfigError
 from coppice.server import segments
 from coppice.server.journal import Accepted, Journal, Recorded, call_of
 from coppice.server.moments import Moment
+from coppice.server.resumable import Resumables
 from coppice.server.segments import MAGIC, Segments
 
 
@@ -150,6 +152,25 @@ def test_a_full_disk_turns_the_journal_off_and_nothing_else(
     assert caplog.text.count("The journal is off") == 1 and "No space left" in caplog.text
     found = asyncio.run(read(tmp_path))
     assert 0 < len(found) < 20
+
+
+def test_once_frozen_a_call_is_refused_for_the_next_process_would_not_know_it(
+    tmp_path: Path,
+) -> None:
+    async def play() -> None:
+        journal = Journal(tmp_path)
+        await journal.open()
+        streams = Resumables(journal, resume_s=1.0)
+        await journal.accept(accepted("early"))
+        streams.freeze()
+        nobody: Any = None
+        with pytest.raises(CapacityError, match="shutting down") as refused:
+            streams.accept(accepted("late"), nobody, nobody)
+        assert refused.value.code == "draining"
+        await streams.close()
+
+    asyncio.run(play())
+    assert [r.accepted.call for r in asyncio.run(read(tmp_path))] == ["early"]
 
 
 def test_files_whose_calls_are_dead_go(tmp_path: Path) -> None:
