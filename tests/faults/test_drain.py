@@ -28,6 +28,8 @@ LATE_S = 1.0
 MIX = BODIES[::5]
 LONG: Body = (COMPLETE, {"prompt": STORY, "max_tokens": 1500, "seed": 1, "ignore_eos": True})
 """Outlasts every drain."""
+ANSWER_S = 240.0
+"""For one of those: between drains there is a second of work, and they follow each other."""
 
 
 class Callers(Crew):

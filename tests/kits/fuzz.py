@@ -110,9 +110,11 @@ class Memory:
         """From now on at most ``bound`` bytes more can be had; the peak is forgotten.
 
         What is free already, or becomes so in between, would hide as much of the peak: it is
-        given back first, all of it before a large file.
+        given back first, all of it before a large file. Until `end` Python collects no cycles,
+        which it would do at some moments and not at others.
         """
         gc.collect()
+        gc.disable()
         if large:
             self._libc.malloc_trim(0)
         os.pwrite(self._clear, b"5", 0)
@@ -124,6 +126,7 @@ class Memory:
 
     def end(self) -> int:
         """Most bytes that were resident since, beyond those at first."""
+        gc.enable()
         resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)
         status = os.pread(self._status, 8192, 0)
         peak = int(status.partition(b"VmHWM:")[2].split(maxsplit=1)[0]) << 10

@@ -142,12 +142,21 @@ class Readers(Crew):
         expected: by index in ``bodies``, the undisturbed answer.
         size: clients.
         seed: which of them asks what, and where it cuts its connection.
+        give_up_s: how long an answer may take over all cuts.
     """
 
     def __init__(
-        self, url: str, bodies: Sequence[Body], expected: list[Answer], *, size: int, seed: int
+        self,
+        url: str,
+        bodies: Sequence[Body],
+        expected: list[Answer],
+        *,
+        size: int,
+        seed: int,
+        give_up_s: float = 60.0,
     ) -> None:
         super().__init__(size, seed)
+        self._give_up_s = give_up_s
         self._url, self._bodies, self._expected = url, bodies, expected
         self.wrong: list[str] = []
         self.saved = Savings()
@@ -166,7 +175,7 @@ class Readers(Crew):
             try:
                 reading = read_through(
                     self._connect, (path, with_usage(fields)), f"r-{worker}-{number}",
-                    cut_after=cut_after, give_up_s=60.0,
+                    cut_after=cut_after, give_up_s=self._give_up_s,
                 )  # fmt: skip
             except Exception as error:
                 self.wrong.append(f"{body}: {error!r}")
