@@ -66,19 +66,25 @@ class Run:
                            f"{made.predicted_s:.1f} s")  # fmt: skip
 
     def _crowd(self, server: Running, name: str = "crowd") -> None:
+        self.figures.setdefault("solo_s", shapes.solo(server))
         made = shapes.crowd(server, 15.0 if self.quick else 1800.0)
         self.figures[name] = asdict(made)
-        waits = ", ".join(f"{length}: {wait:.1f}" for length, wait in made.waits.items())
-        self._row(name, f"{made.endings}; longest wait in solo times ({made.solo_s:.2f} "
-                           f"s) by prompt length: {waits}")  # fmt: skip
+        solo_s = self.figures["solo_s"]
+        waits = ", ".join(
+            f"{length}: {wait:.2f} ({wait / solo_s:.1f}), {made.asked_s[length]:.1f}"
+            for length, wait in made.waits_s.items()
+        )
+        self._row(name, f"{made.endings}; longest wait in seconds (in solo times of {solo_s:.3f} "
+                        f"s) once let in, and from the first attempt: {waits}")  # fmt: skip
 
     def _slow(self, server: Running) -> None:
         if self.subject.name == OURS:
             shapes.fill_pages(server)
         made = shapes.slow_readers(server, 8.0 if self.quick else 60.0)
         self.figures["slow"] = asdict(made)
-        self._row("slow readers", f"{made.beside:.0f} tok/s beside them, {made.alone:.0f} alone; "
-                                  f"{made.grown_mib:+.1f} MiB")  # fmt: skip
+        self._row("slow readers", f"{made.beside:.0f} tok/s beside {made.readers} of them, "
+                                  f"{made.alone:.0f} alone; {made.grown_mib:+.1f} MiB; "
+                                  f"{made.failed} failed")  # fmt: skip
 
     def _idle(self, server: Running) -> None:
         if self.subject.name == OURS:
@@ -115,13 +121,15 @@ def goals_of(figures: dict[str, Any]) -> list[Goal]:
             Goal.at_most("load.burst_empty_off_prediction", off, 0.25),
         ]
     if made := figures.get("crowd"):
-        shortest = made["waits"][shapes.CLASSES[0]]
+        shortest = made["waits_s"][shapes.CLASSES[0]] / figures["solo_s"]
         goals += [
             Goal.at_most("load.crowd_failed", made["endings"]["failed"], 0),
             Goal.at_most("load.crowd_shortest_wait_in_solo_times", shortest, 20),
         ]
     if made := figures.get("slow"):
         goals += [
+            Goal.at_least("load.slow_readers", made["readers"], 100),
+            Goal.at_most("load.failed_beside_slow_readers", made["failed"], 0),
             Goal.at_least("load.beside_slow_readers", made["beside"] / made["alone"], 0.95),
             Goal.at_most("load.slow_readers_mib", made["grown_mib"], 64),
         ]

@@ -164,15 +164,22 @@ async def poisson(
 
 
 async def closed(port: int, asks: Iterable[Ask], clients: int, *, seconds: float) -> list[Told]:
-    """So many clients, each with one request at a time, until the time is over."""
-    until, told, rng = time.monotonic() + seconds, [], random.Random(clients)
+    """So many clients, each with one request at a time, until the time is over.
+
+    Who is refused asks the same again, a little later.
+    """
+    told: list[Told] = []
+    until, rng = time.monotonic() + seconds, random.Random(clients)
     left = iter(asks)
 
     async def work() -> None:
-        while time.monotonic() < until and (ask := next(left, None)) is not None:
+        ask = next(left, None)
+        while time.monotonic() < until and ask is not None:
             told.append(await send(port, ask))
             if told[-1].ending == "refused":
                 await asyncio.sleep(rng.uniform(0.25, 1.0))
+            else:
+                ask = next(left, None)
 
     await asyncio.gather(*(work() for _ in range(clients)))
     return told

@@ -38,6 +38,9 @@ BURST = 1000
 SETTLE_S = 6.0
 """Of each level of saturation nothing is counted that was sent earlier: a standing queue is
 borne for two seconds and drained after that."""
+LET_IN_S = 300.0
+"""For a hundred long streams."""
+OK = b"HTTP/1.1 200"
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Burst:
     """A thousand requests in a second, then silence.
 
     Attributes:
-        empty_s: until the last one ended, from the last one's sending.
+        empty_s: until the last one ended, from the first one's sending.
         predicted_s: those admitted over the capacity.
     """
 
@@ -133,36 +136,43 @@ def burst(server: Running, at_capacity: float, *, patience_s: float) -> Burst:
 
 @dataclass(frozen=True)
 class Crowd:
-    """Closed-loop clients with prompts from short to long.
+    """Closed-loop clients with prompts from short to long; times by prompt length.
 
     Attributes:
-        solo_s: the shortest class alone, from sending to the last byte.
-        waits: by prompt length, the longest time to a first token, in ``solo_s``.
+        refused: attempts.
+        waits_s: longest time to a first token of those that were let in.
+        asked_s: the same from a request's first attempt, refusals and pauses included.
     """
 
     endings: dict[str, int]
-    solo_s: float
-    waits: dict[int, float]
+    refused: dict[int, int]
+    waits_s: dict[int, float]
+    asked_s: dict[int, float]
     goodput: float
+
+
+def solo(server: Running) -> float:
+    """Seconds that the shortest class of a crowd takes alone, from sending to the last byte."""
+    told = [asyncio.run(send(server.port, make_ask(CLASSES[0], 32, 7 + i))) for i in range(5)]
+    return statistics.median(t.ended_s - t.sent_s for t in told)
 
 
 def crowd(server: Running, seconds: float, clients: int = 64) -> Crowd:
     """64 clients; each of `CLASSES` is asked for equally often."""
-    solo = [asyncio.run(send(server.port, make_ask(CLASSES[0], 32, 7 + i))) for i in range(5)]
-    solo_s = statistics.median(t.ended_s - t.sent_s for t in solo)
     rng = random.Random(4)
     asks = (make_ask(rng.choice(CLASSES), 32, 10_000 + i) for i in range(100_000))
     told = asyncio.run(closed(server.port, asks, clients, seconds=seconds))
-    waits = {
-        length: max((t.ttft_s for t in told if t.ask.prompt == length and t.first_s), default=0.0)
-        for length in CLASSES
-    }
-    return Crowd(
-        _count(told),
-        solo_s,
-        {length: wait / solo_s for length, wait in waits.items()},
-        goodput(told),
-    )
+    first: dict[Ask, float] = {}
+    for t in told:
+        first.setdefault(t.ask, t.sent_s)
+    waits_s, asked_s = dict.fromkeys(CLASSES, 0.0), dict.fromkeys(CLASSES, 0.0)
+    for t in told:
+        if t.first_s is not None:
+            length = t.ask.prompt
+            waits_s[length] = max(waits_s[length], t.ttft_s)
+            asked_s[length] = max(asked_s[length], t.first_s - first[t.ask])
+    refused = Counter(t.ask.prompt for t in told if t.ending == "refused")
+    return Crowd(_count(told), dict(refused), waits_s, asked_s, goodput(told))
 
 
 @dataclass(frozen=True)
@@ -170,11 +180,14 @@ class Slow:
     """Clients that read one byte a second, beside others.
 
     Attributes:
+        readers: slow ones that had been let in when the others were measured beside them.
         alone, beside: tokens a second of the normal ones, without (before and after, the mean)
             and with them.
         grown_mib: memory the server took for them, at most.
+        failed: normal ones.
     """
 
+    readers: int
     alone: float
     beside: float
     grown_mib: float
@@ -182,29 +195,37 @@ class Slow:
 
 
 def slow_readers(server: Running, seconds: float, *, slow: int = 100, normal: int = 16) -> Slow:
-    """Normal clients before and while ``slow`` streams are hardly read."""
+    """Normal clients before and while ``slow`` long streams are hardly read.
+
+    They are measured when the server computes for the slow ones no longer: because those wait
+    for their readers, or because their answers are whole and lie in its memory.
+    """
     windows = [conversation(10_000, seed=12, first=20_000 * number) for number in range(4)]
     asyncio.run(closed(server.port, windows[3], normal, seconds=2.0))
     first = asyncio.run(closed(server.port, windows[0], normal, seconds=seconds))
     before = anonymous_mib(server.family())
 
-    async def both() -> tuple[list[Told], float]:
-        stop = asyncio.Event()
-        readers = [asyncio.create_task(_read_slowly(server.port, i, stop)) for i in range(slow)]
+    async def both() -> tuple[int, list[Told], float]:
+        stop, let_in = asyncio.Event(), set[int]()
         watch = asyncio.create_task(_watch(server, stop))
-        await asyncio.sleep(2.0)
-        while await asyncio.to_thread(_busy, server):  # until they are parked, or all written
-            await asyncio.sleep(0.5)
+        readers = [asyncio.create_task(_read_slowly(server.port, i, let_in)) for i in range(slow)]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LET_IN_S):
+                while len(let_in) < slow or await asyncio.to_thread(_busy, server):
+                    await asyncio.sleep(0.5)
+        count = len(let_in)
         told = await closed(server.port, windows[1], normal, seconds=seconds)
         stop.set()
-        await asyncio.gather(*readers)
-        return told, await watch
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+        return count, told, await watch
 
-    second, peak = asyncio.run(both())
+    count, second, peak = asyncio.run(both())
     third = asyncio.run(closed(server.port, windows[2], normal, seconds=seconds))
     failed = sum(t.ending == "failed" for t in [*first, *second, *third])
     alone = (_tokens_s(first) + _tokens_s(third)) / 2
-    return Slow(alone, _tokens_s(second), peak - before, failed)
+    return Slow(count, alone, _tokens_s(second), peak - before, failed)
 
 
 def fill_pages(server: Running) -> None:
@@ -222,19 +243,23 @@ def _tokens_s(told: Sequence[Told]) -> float:
     return sum(t.ask.prompt + t.ask.answer for t in told if t.ending == "finished") / seconds
 
 
-async def _read_slowly(port: int, number: int, stop: asyncio.Event) -> None:
+async def _read_slowly(port: int, number: int, let_in: set[int]) -> None:
+    """Ask for a long stream until it is let in, then read a byte a second."""
     loop = asyncio.get_running_loop()
-    with socket.socket() as raw:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        raw.setblocking(False)
-        await loop.sock_connect(raw, ("127.0.0.1", port))
-        await loop.sock_sendall(raw, make_ask(100, 200, 50_000 + number).data)
-        while not stop.is_set():
-            with contextlib.suppress(TimeoutError, ConnectionError):
-                async with asyncio.timeout(1.0):
-                    await loop.sock_recv(raw, 1)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), 1.0)
+    ask = make_ask(100, 1500, 50_000 + number, logprobs=1)
+    while number not in let_in:
+        with contextlib.suppress(ConnectionError), _small_window() as raw:
+            raw.setblocking(False)
+            await loop.sock_connect(raw, ("127.0.0.1", port))
+            await loop.sock_sendall(raw, ask.data)
+            head = b""
+            while len(head) < len(OK) and (piece := await loop.sock_recv(raw, len(OK))):
+                head += piece
+            if head == OK:
+                let_in.add(number)
+                while await loop.sock_recv(raw, 1):
+                    await asyncio.sleep(1.0)
+        await asyncio.sleep(1.0)
 
 
 async def _watch(server: Running, stop: asyncio.Event) -> float:
@@ -273,7 +298,9 @@ class Idle:
     Attributes:
         streams: that were let in, most of them to wait, and are not read.
         connections: that had one answer and were kept for a next request.
-        open: of these, how many the server had not closed when memory was read.
+        open: of these, how many the server had not closed when it was quiet.
+        grown_mib: memory the server took until then, at most.
+        answered_s: until another request was answered that came after the streams.
     """
 
     streams: int
@@ -295,20 +322,29 @@ def idle_connections(server: Running, *, streams: int = 200, others: int = 800) 
             ask = make_ask(100, 200, 60_000 + number).data
             held.append(_ask_and_hold(server.port, ask))
         time.sleep(0.5)
-        grown, still = anonymous_mib(server.family()) - before, sum(map(_is_open, kept))
         told = asyncio.run(send(server.port, make_ask(16, 8, 3), patience_s=60.0))
+        peak = anonymous_mib(server.family())
+        while _busy(server):
+            peak = max(peak, anonymous_mib(server.family()))
+        still = sum(map(_is_open, kept))
         begun = sum(_begins_well(raw, timeout_s=120.0) for raw in held[others:])
     finally:
         for raw in held:
             raw.close()
     answered_s = told.ended_s - told.sent_s if told.ending == "finished" else float("inf")
-    return Idle(begun, well, still, grown, answered_s)
+    return Idle(begun, well, still, peak - before, answered_s)
+
+
+def _small_window() -> socket.socket:
+    """A socket whose system reads ahead as little as it can."""
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    return raw
 
 
 def _ask_and_hold(port: int, data: bytes) -> socket.socket:
     """A connection with a small window on which something was asked."""
-    raw = socket.socket()
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    raw = _small_window()
     raw.settimeout(20.0)
     raw.connect(("127.0.0.1", port))
     raw.sendall(data)
@@ -319,7 +355,7 @@ def _begins_well(raw: socket.socket, *, timeout_s: float) -> bool:
     """Whether the answer's head says 200; little else is read."""
     raw.settimeout(timeout_s)
     try:
-        return raw.recv(64).startswith(b"HTTP/1.1 200")
+        return raw.recv(64).startswith(OK)
     except (TimeoutError, ConnectionError):
         return False
 

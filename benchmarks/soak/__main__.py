@@ -157,6 +157,7 @@ def judge(
         "least_squares_mib_h": both.least_squares,
         "http_mib_h": slopes["http"].per_hour, "engine_mib_h": slopes["engine"].per_hour,
         "drift": drift, "memory": [[p.at_s, p.http_mib, p.engine_mib] for p in pauses],
+        "descriptors": [min(files), max(files)],
         "why": [t.why for t in told if t.ending == "failed"][:5],
     }  # fmt: skip
     report.goals = [
