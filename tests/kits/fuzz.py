@@ -6,8 +6,8 @@ the blame on the file. It may not end the process, take a minute, or take more m
 
     twice the bytes of the files that are read, and `ALLOWANCE_BYTES`.
 
-A file which is larger in memory than that even as it is may take as much as it does then: that
-is for what is expanded by design, the objects of a vocabulary and small matrices in blocks of a
+A file which is larger in memory than that even as it is may take as much as it does then and a
+tenth, which is what free room and the cycle collector's moments make of the same file: that is for what is expanded by design, the objects of a vocabulary and small matrices in blocks of a
 few bits that become floats. Large files of weights are held to twice their size. One file of
 each kind is so large that the allowance is small beside it; every `LARGE_EVERY`-th mutation is
 of that one.
@@ -110,11 +110,9 @@ class Memory:
         """From now on at most ``bound`` bytes more can be had; the peak is forgotten.
 
         What is free already, or becomes so in between, would hide as much of the peak: it is
-        given back first, all of it before a large file. Until `end` Python collects no cycles,
-        which it would do at some moments and not at others.
+        given back first, all of it before a large file.
         """
         gc.collect()
-        gc.disable()
         if large:
             self._libc.malloc_trim(0)
         os.pwrite(self._clear, b"5", 0)
@@ -126,7 +124,6 @@ class Memory:
 
     def end(self) -> int:
         """Most bytes that were resident since, beyond those at first."""
-        gc.enable()
         resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)
         status = os.pread(self._status, 8192, 0)
         peak = int(status.partition(b"VmHWM:")[2].split(maxsplit=1)[0]) << 10
@@ -203,7 +200,7 @@ class Fuzz:
         data = mutate(target.original, random.Random(seed * 1_000_003 + number), base.head)
         base.path.write_bytes(data)
         size = len(data) + base.beside
-        bound = max(2 * size, target.takes) + ALLOWANCE_BYTES
+        bound = max(2 * size, target.takes * 11 // 10) + ALLOWANCE_BYTES
         for _ in range(TRIES):
             opened, wrong, used = self._load(base, bound + target.takes + RESERVED_BYTES)
             if wrong is not None or used <= bound + base.mapped * len(data):
