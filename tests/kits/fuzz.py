@@ -6,15 +6,17 @@ the blame on the file. It may not end the process, take a minute, or take more m
 
     twice the bytes of the files that are read, and `ALLOWANCE_BYTES`.
 
-A file which is larger in memory than that even as it is may take as much as it does then and a
-tenth, which is what free room and the cycle collector's moments make of the same file: that is for what is expanded by design, the objects of a vocabulary and small matrices in blocks of a
-few bits that become floats. Large files of weights are held to twice their size. One file of
-each kind is so large that the allowance is small beside it; every `LARGE_EVERY`-th mutation is
-of that one.
+A file which is larger in memory than that even as it is may take as much as it does then, and a
+tenth, which is what free room and the cycle collector's moments make of the same file. That is
+for what is expanded by design, the objects of a vocabulary and small matrices in blocks of a few
+bits that become floats. Large files of weights are held to twice their size. One file of each
+kind is so large that the allowance is small beside it; every `LARGE_EVERY`-th mutation is of
+that one.
 
 Memory is that of the whole process, whoever asks for it (Python, PyTorch, Rust, our kernels):
 the peak of what is resident is read from the kernel and held against the bound, to which the
-pages of a file that is mapped are added, being the file itself; and `RLIMIT_DATA` is lowered
+pages of a file that is mapped are added, being the file itself. A load that takes more is
+repeated, and is wrong where it takes more each of `TRIES` times. And `RLIMIT_DATA` is lowered
 before each load to what the process has and the bound and `RESERVED_BYTES`, so that asking for
 more fails even where it would never be touched. ``--sanitized`` is for builds with sanitizers,
 which take memory of their own: nothing is bounded then, and all that was packed is unpacked and
