@@ -341,7 +341,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(_read_text(path, MAX_FILE_BYTES))
+        text = _read_text(path, MAX_FILE_BYTES)
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON, but no text
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}; download it again.") from error
     if not isinstance(value, dict):

@@ -145,6 +145,8 @@ def test_missing_and_sentencepiece_only_folders(tmp_path):
         ("tokenizer_config.json", b"[]"),
         ("tokenizer_config.json", b'{"chat_template": 3}'),
         ("tokenizer_config.json", b'{"chat_template": [{"name": 1}]}'),
+        ("tokenizer_config.json", b'{"eos_token": "\\ud800"}'),
+        ("tokenizer_config.json", b'{"chat_template": "\\udfff"}'),
         ("generation_config.json", b'{"eos_token_id": "2"}'),
         ("config.json", b'{"eos_token_id": [true]}'),
         ("special_tokens_map.json", b"[" * 100_000),
