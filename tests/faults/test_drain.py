@@ -26,10 +26,10 @@ ANNOUNCE_S, DRAIN_S = 0.6, 0.6
 LATE_S = 1.0
 """The contract holds to the second."""
 MIX = BODIES[::5]
-LONG: Body = (COMPLETE, {"prompt": STORY, "max_tokens": 1500, "seed": 1, "ignore_eos": True})
-"""Outlasts every drain."""
+LONG: Body = (COMPLETE, {"prompt": STORY, "max_tokens": 800, "seed": 1, "ignore_eos": True})
+"""Outlasts a drain; every life of the server reads it again before it goes on."""
 ANSWER_S = 240.0
-"""For one of those: between drains there is a second of work, and they follow each other."""
+"""For one of those: between drains there are two seconds, and they follow each other."""
 
 
 class Callers(Crew):
