@@ -278,6 +278,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.sanitized and not has_sanitizer():
         parser.error("these kernels were built without sanitizers; see tools/test_sanitized.sh")
+    os.environ["RUST_BACKTRACE"] = "0"  # a panic's stack would be looked up in MiBs of symbols
     reached = mmap.mmap(-1, 8)
     child = os.fork()
     if child == 0:
