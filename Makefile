@@ -28,7 +28,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/python tools/demo.py
 
 test: lint chromium
-	@$(BIN)/python -m pytest -q -rs
+	@$(BIN)/python -m pytest -q -rfs
 
 test-slow: $(VENV)/.test-installed
 	@$(BIN)/python -m pytest -q -m slow

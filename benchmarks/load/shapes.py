@@ -298,8 +298,8 @@ class Idle:
     Attributes:
         streams: that were let in, most of them to wait, and are not read.
         connections: that had one answer and were kept for a next request.
-        open: of these, how many the server had not closed when it was quiet.
-        grown_mib: memory the server took until then, at most.
+        open: of these, how many the server had not closed when the streams had been sent.
+        grown_mib: memory the server took from then until it was quiet, at most.
         answered_s: until another request was answered that came after the streams.
     """
 
@@ -322,11 +322,10 @@ def idle_connections(server: Running, *, streams: int = 200, others: int = 800) 
             ask = make_ask(100, 200, 60_000 + number).data
             held.append(_ask_and_hold(server.port, ask))
         time.sleep(0.5)
+        peak, still = anonymous_mib(server.family()), sum(map(_is_open, kept))
         told = asyncio.run(send(server.port, make_ask(16, 8, 3), patience_s=60.0))
-        peak = anonymous_mib(server.family())
         while _busy(server):
             peak = max(peak, anonymous_mib(server.family()))
-        still = sum(map(_is_open, kept))
         begun = sum(_begins_well(raw, timeout_s=120.0) for raw in held[others:])
     finally:
         for raw in held:
