@@ -253,7 +253,7 @@ async def _read_slowly(port: int, number: int, let_in: set[int]) -> None:
             await loop.sock_connect(raw, ("127.0.0.1", port))
             await loop.sock_sendall(raw, ask.data)
             head = b""
-            while len(head) < len(OK) and (piece := await loop.sock_recv(raw, len(OK))):
+            while len(head) < len(OK) and (piece := await loop.sock_recv(raw, len(OK) - len(head))):
                 head += piece
             if head == OK:
                 let_in.add(number)
@@ -324,7 +324,8 @@ def idle_connections(server: Running, *, streams: int = 200, others: int = 800) 
         time.sleep(0.5)
         peak, still = anonymous_mib(server.family()), sum(map(_is_open, kept))
         told = asyncio.run(send(server.port, make_ask(16, 8, 3), patience_s=60.0))
-        while _busy(server):
+        give_up = time.monotonic() + LET_IN_S
+        while _busy(server) and time.monotonic() < give_up:
             peak = max(peak, anonymous_mib(server.family()))
         begun = sum(_begins_well(raw, timeout_s=120.0) for raw in held[others:])
     finally:

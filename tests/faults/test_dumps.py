@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 import stat
@@ -19,6 +18,7 @@ from coppice.server import dumps as room
 from coppice.server.deaths import Death
 from coppice.server.dumps import Dumps
 from coppice.server.replay import LiveRequest
+from coppice.server.unread import Unread
 from tests.faults.test_replay import kill_engine, text_of
 from tests.kits.fake_engine import DIE_AT_TEN, STALL
 from tests.kits.models import SMALL
@@ -44,7 +44,7 @@ def live(number: int = 0, **fields: Any) -> LiveRequest:
     made = LiveRequest(
         Request(id=f"r{number}", prompt=[4242] * 9, sampling=params, tenant="t", key="k",
                 deadline_s=60.0),
-        asyncio.Queue(),
+        Unread(),
     )  # fmt: skip
     made.open[0].tokens += [4242, 4242]
     made.given = made.started = True

@@ -12,7 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.kits.accounts import anonymous_mib, descriptors, require_idle_and_whole
+from tests.kits.accounts import (
+    anonymous_mib,
+    descriptors,
+    require_idle_and_whole,
+    touch_pages,
+)
 from tests.kits.injector import Injector, SlowReaders, WrongClock, seeded
 from tests.kits.leavers import PHASES, leave_together
 from tests.kits.load import BODIES, Answer, Crowd, ask
@@ -178,21 +183,21 @@ def test_slow_readers_cost_their_neighbours_nothing_and_no_memory(
     harmed: Harmed, slow: int, normal: int, seconds: float
 ) -> None:
     server = harmed.server
-    with seeded() as rng:
-        for _ in range(2):  # the first touches what is kept: KV pages, heaps
-            require_idle_and_whole(server)
-            files, memory, grown = descriptors(server), anonymous_mib(server), 0.0
-            bodies = [LONG | {"seed": number} for number in range(slow)]
-            with (
-                harmed.crowd(seed=rng.randrange(1000), size=normal) as crowd,
-                SlowReaders(server.port, bodies) as readers,
-            ):
-                deadline = time.monotonic() + seconds
-                while time.monotonic() < deadline:
-                    time.sleep(0.25)
-                    grown = max(grown, anonymous_mib(server) - memory)
-            assert not crowd.wrong and crowd.done >= normal, crowd.wrong[:1]
-            assert slow <= readers.received < slow * (seconds + 10)
+    touch_pages(server)
+    require_idle_and_whole(server)
+    files, memory, grown = descriptors(server), anonymous_mib(server), 0.0
+    bodies = [LONG | {"seed": number} for number in range(slow)]
+    with (
+        seeded() as rng,
+        harmed.crowd(seed=rng.randrange(1000), size=normal) as crowd,
+        SlowReaders(server.port, bodies) as readers,
+    ):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(0.25)
+            grown = max(grown, anonymous_mib(server) - memory)
+    assert not crowd.wrong and crowd.done >= normal, crowd.wrong[:1]
+    assert slow <= readers.received < slow * (seconds + 10)
     require_idle_and_whole(server)
     assert all(now <= was for now, was in zip(descriptors(server), files, strict=True))
     print(f"{slow} slow readers beside {normal}: {crowd.done} answers, memory {grown:+.1f} MiB")

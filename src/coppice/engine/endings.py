@@ -19,7 +19,7 @@ def finish_reason(sequence: Sequence, token: int) -> FinishReason | None:
 
 
 def report(sequence: Sequence) -> Output:
-    """What is new of a sequence since its last report."""
+    """What is new of a sequence since its last report, handed over."""
     request = sequence.request
     new = sequence.tokens[sequence.sent :]
     first = sequence.sent == len(request.prompt)
@@ -34,7 +34,7 @@ def report(sequence: Sequence) -> Output:
             drafted=sequence.drafted,
             accepted=sequence.accepted,
         )
-    logprobs = sequence.logprobs[-len(new) :] if new and sequence.logprobs else []
+    logprobs, sequence.logprobs = sequence.logprobs, []
     return Output(
         request_id=request.id,
         index=sequence.index,

@@ -31,6 +31,7 @@ class Sequence:
         stop_ids: tokens that end the sequence.
         end: number of tokens at which it is full.
         sent: tokens already reported to the front end.
+        logprobs: of the others.
         rank: place in its tenant's queue, for good.
         overtaken: admissions of later ones because this one did not fit.
         reached: most tokens it ever had KV of; computing those again is recomputation.

@@ -35,6 +35,7 @@ from coppice.server.deaths import Backoff, Death, by_status, memory_kills
 from coppice.server.dumps import Dumps
 from coppice.server.engine_process import EngineProcess
 from coppice.server.replay import LiveRequest, Replay
+from coppice.server.unread import Unread
 
 log = logging.getLogger("coppice.server.engine")
 
@@ -42,8 +43,6 @@ State = Literal["loading", "ready", "restarting", "failed", "stopped"]
 _OPERATORS_FAULT = frozenset(
     error.code for error in (ConfigError, CheckpointError, UnsupportedModelError)
 )
-MAX_UNREAD = 1024
-"""Outputs a reader may lag behind before its request is parked in the engine."""
 GIVE_UP_AFTER = 5
 """Starts in vain after which live requests are failed; new starts go on."""
 TICK_S = 1.0
@@ -147,9 +146,7 @@ class AsyncEngine:
             )  # fmt: skip
         self._replay.require_harmless(request)
 
-    def submit(
-        self, request: Request, queue: asyncio.Queue[Output], known: Sequence[Output] = ()
-    ) -> None:
+    def submit(self, request: Request, queue: Unread, known: Sequence[Output] = ()) -> None:
         """Hand over a request; its outputs arrive on ``queue``.
 
         While the engine is being started again the request waits for it.
@@ -403,7 +400,7 @@ class AsyncEngine:
         if not live.open:
             del self.live[output.request_id]
         live.queue.put_nowait(output)
-        if live.queue.qsize() >= MAX_UNREAD and not live.parked:
+        if live.queue.too_many and not live.parked:
             self._park(live, True)
         if self.state == "restarting":
             self._replay.moved(live)

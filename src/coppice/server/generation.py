@@ -28,6 +28,7 @@ from coppice.errors import (
     RowFaultError,
 )
 from coppice.server.engine_client import AsyncEngine
+from coppice.server.unread import Unread
 
 log = logging.getLogger("coppice.server")
 Ending = Literal["finished", "cancelled", "expired"]
@@ -165,7 +166,7 @@ class Generation:
         self._deadline = deadline
         self._heard = heard
         self._known = 0
-        self._queue: asyncio.Queue[Output] = asyncio.Queue()
+        self._queue = Unread(sum(request.sampling.n for request in requests))
         self._choices: dict[tuple[str, int], Choice] = {}
         for request in requests:
             for number in range(request.sampling.n):

@@ -37,6 +37,8 @@ from coppice.server.text import TextService
 from coppice.server.tokenizing import tokenizer_of
 
 log = logging.getLogger("coppice.server")
+SEND_BYTES = 128 << 10
+"""What the system keeps of a reply for a reader who lags; by itself it keeps up to 4 MiB."""
 CLOSE_GRACE_S = 5.0
 REST_S = 0.5
 """Between two looks whether nobody asks for anything."""
@@ -302,6 +304,7 @@ def _listen(config: ServerConfig) -> socket.socket:
     # it every reply waits 40 ms for the client's delayed acknowledgement.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
     try:
         listener.bind((config.host.strip("[]"), config.port))
     except OSError as error:

@@ -25,6 +25,7 @@ from coppice.engine.messages import Cancel, CancelReason, Output, Park, Progress
 from coppice.engine.request import Request
 from coppice.errors import PoisonedError
 from coppice.server.deaths import Death
+from coppice.server.unread import Unread
 
 log = logging.getLogger("coppice.server.replay")
 
@@ -63,7 +64,7 @@ class LiveRequest:
     """
 
     request: Request
-    queue: asyncio.Queue[Output]
+    queue: Unread
     open: dict[int, OpenChoice] = field(default_factory=dict)
     submitted_s: float = field(default_factory=time.monotonic)
     given_s: float = field(default_factory=time.monotonic)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +9,7 @@ from coppice.engine.request import Request, SamplingParams
 from coppice.server import ServerConfig
 from coppice.server.admission import Admission, Load
 from coppice.server.replay import LiveRequest
+from coppice.server.unread import Unread
 
 
 def test_prompts_that_were_answered_do_not_wait_until_their_whole_call_has_ended() -> None:
@@ -19,7 +19,7 @@ def test_prompts_that_were_answered_do_not_wait_until_their_whole_call_has_ended
     assert admission.waiting_tokens() == 300
     for name in "abc":
         request = Request(id=name, prompt=[1] * 100, sampling=SamplingParams(seed=1))
-        engine.live[name] = LiveRequest(request, asyncio.Queue())
+        engine.live[name] = LiveRequest(request, Unread())
     permit.hand_over()
     assert admission.waiting_tokens() == 300
     engine.live["a"].started = True

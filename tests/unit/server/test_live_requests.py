@@ -13,12 +13,13 @@ from coppice.engine.request import Request, SamplingParams
 from coppice.server import replay
 from coppice.server.deaths import by_status
 from coppice.server.replay import SUSPECT_AFTER, LiveRequest, Replay, _fingerprint
+from coppice.server.unread import Unread
 
 REQUEST = Request(id="r", prompt=[1, 2], sampling=SamplingParams(seed=1), deadline_s=0.001)
 
 
 def test_a_deadline_that_has_passed_on_the_way_is_the_engines_to_tell() -> None:
-    live = LiveRequest(REQUEST, asyncio.Queue())
+    live = LiveRequest(REQUEST, Unread())
     time.sleep(0.005)
     assert live.left_s is not None and live.left_s < 0
     assert (live.message().request.deadline_s or 0.0) > 0
@@ -56,7 +57,7 @@ class Engine:
 
     def live(self, name: str) -> LiveRequest:
         """A request it has."""
-        live = LiveRequest(replace(REQUEST, id=name, deadline_s=None), asyncio.Queue())
+        live = LiveRequest(replace(REQUEST, id=name, deadline_s=None), Unread())
         self.replay.live[name] = live
         self.replay.give(live)
         return live

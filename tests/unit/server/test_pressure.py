@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import msgspec
 import pytest
 
 from coppice.engine.request import Request, SamplingParams
 from coppice.server.pressure import CALM_S, PATIENCE_S, Pressure
 from coppice.server.replay import LiveRequest
+from coppice.server.unread import Unread
 
 RATE = 1000.0
 
@@ -25,7 +24,7 @@ class Queue:
     def arrive(self, prompt: int = 100) -> LiveRequest:
         sampling = SamplingParams(max_tokens=5, seed=1)
         request = Request(id=f"{len(self.live)}", prompt=[1] * prompt, sampling=sampling)
-        made = LiveRequest(request, asyncio.Queue(), given_s=self.now)
+        made = LiveRequest(request, Unread(), given_s=self.now)
         self.live.append(made)
         return made
 
