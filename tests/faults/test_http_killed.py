@@ -20,6 +20,8 @@ from tests.kits.server import ServerProcess
 ENGINE: dict[str, Any] = {"kv_cache_mib": 64, "speculate": "auto", "prefix_cache": True}
 GONE_S = 1.0
 """Within which the engine, and with it every page, must be gone."""
+ANSWER_S = 240.0
+"""Over any number of lives: a server lives for two seconds, and is back after three to eight."""
 
 
 def end_http(server: ServerProcess, number: int) -> float:
@@ -61,7 +63,9 @@ def test_killed_or_drained_at_random_moments_every_token_comes_once(
         server.wait_ready()
         with server.http() as http:
             expected = [ask(http, body, stream=False) for body in BODIES]
-        with Readers(server.url, BODIES, expected, size=5, seed=seed) as readers:
+        with Readers(
+            server.url, BODIES, expected, size=5, seed=seed, give_up_s=ANSWER_S
+        ) as readers:
             for number in signals:
                 time.sleep(rng.uniform(0.2, 2.0))
                 gone_s.append(end_http(server, number))

@@ -146,7 +146,7 @@ class Tokenizer:
 
         Raises:
             ContextOverflowError: more than ``max_chars`` characters.
-            RequestError: the text is not encodable as UTF-8.
+            RequestError: the text is not encodable as UTF-8, or not with this vocabulary.
         """
         if max_chars is not None and len(text) > max_chars:
             raise ContextOverflowError(
@@ -157,6 +157,10 @@ class Tokenizer:
             ids = self._split(text, add_special_tokens)
         except (UnicodeError, TypeError) as error:
             raise RequestError("The text holds lone surrogates; send valid Unicode.") from error
+        except Exception as error:
+            if type(error) is not Exception:  # which is what the library raises itself
+                raise
+            raise RequestError(f"The model's tokenizer cannot read this text: {error}.") from error
         if add_special_tokens:
             if self._strip_bos and ids[:1] == [self.bos_id]:
                 ids = ids[1:]

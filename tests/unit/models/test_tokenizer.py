@@ -119,6 +119,16 @@ def test_refuses_text_it_cannot_take():
         tokenizer.encode("a\ud800b")
 
 
+@pytest.mark.parametrize("times", [1, 20_000])
+def test_refuses_words_that_neither_the_vocabulary_nor_its_unknown_token_stands_for(times):
+    words = toy_tokenizers.words()
+    words.model.unk_token = "<gone>"
+    tokenizer = Tokenizer(words, TokenizerFacts())
+    assert tokenizer.encode("a b " * times) == [1, 2] * times
+    with pytest.raises(RequestError, match="cannot read this text"):
+        tokenizer.encode("a b c " * times)
+
+
 def test_fingerprint_follows_content():
     make = toy_tokenizers.byte_level
     plain = Tokenizer(make(), TokenizerFacts()).fingerprint
