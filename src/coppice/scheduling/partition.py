@@ -117,7 +117,7 @@ class PhaseSplit:
         self,
         units: int,
         *,
-        decode_slack: float = 3.0,
+        decode_slack: float = 2.5,
         prefill_slack: float = 0.5,
         threshold: float = 0.85,
         least_change: float = 0.04,
