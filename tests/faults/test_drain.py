@@ -28,6 +28,8 @@ LATE_S = 1.0
 MIX = BODIES[::5]
 LONG: Body = (COMPLETE, {"prompt": STORY, "max_tokens": 800, "seed": 1, "ignore_eos": True})
 """Outlasts a drain; every life of the server reads it again before it goes on."""
+ANSWER_S = 240.0
+"""For one of those: between drains there are two seconds, and they follow each other."""
 ENDLESS: Body = (
     COMPLETE,
     {"prompt": STORY, "max_tokens": 1900, "ignore_eos": True, "speculate": "off"},
@@ -204,7 +206,9 @@ def test_a_drain_keeps_its_times_and_what_it_cannot_finish_goes_on(
             twice = [number % 2 == 1 for number in range(drains)]
             rng.shuffle(twice)
             seed = rng.randrange(1000)
-            with Readers(server.url, [LONG], expected[-1:], size=3, seed=seed) as readers:
+            with Readers(
+                server.url, [LONG], expected[-1:], size=3, seed=seed, give_up_s=ANSWER_S
+            ) as readers:
                 for again in twice:
                     drain(rng, rng.uniform(0.0, ANNOUNCE_S + DRAIN_S - 0.1) if again else None)
                     server = start()

@@ -6,12 +6,12 @@ the blame on the file. It may not end the process, take a minute, or take more m
 
     twice the bytes of the files that are read, and `ALLOWANCE_BYTES`.
 
-A file which is larger in memory than that even as it is may take as much as it does then, at
-most, over `SOUND_LOADS` loads (free room and the cycle collector's moments make it vary). That
+A file which is larger in memory than that even as it is may take as much as it does then. That
 is for what is expanded by design, the objects of a vocabulary and small matrices in blocks of a
-few bits that become floats. Large files of weights are held to twice their size. One file of
-each kind is so large that the allowance is small beside it; every `LARGE_EVERY`-th mutation is
-of that one.
+few bits that become floats. It varies with what else is in the heap, so that it is measured
+again, beside the mutation, before that is called wrong. Large files of weights are held to twice
+their size. One file of each kind is so large that the allowance is small beside it; every
+`LARGE_EVERY`-th mutation is of that one.
 
 Memory is that of the whole process, whoever asks for it (Python, PyTorch, Rust, our kernels):
 the peak of what is resident is read from the kernel and held against the bound, to which the
@@ -56,9 +56,6 @@ RESERVED_BYTES = 2 << 20
 TRIES = 3
 """What a file makes its loader ask for it asks for every time; what the allocators reserve by
 chance, once in some ten thousand loads, is not there when it is loaded again."""
-
-SOUND_LOADS = 8
-"""Of a file as it is; a first one before them loads what is loaded once for all."""
 
 LARGE_EVERY = 16
 MOST_SECONDS = 60
@@ -184,18 +181,20 @@ class Fuzz:
 
     def _target(self, base: Base) -> Target:
         """A file as it is loads, and what is loaded once for all is loaded then."""
-        original, takes = base.path.read_bytes(), []
-        for _ in range(1 + SOUND_LOADS):
-            base.path.write_bytes(original)
-            self._memory.begin(None)
-            base.load()
-            takes.append(self._memory.end())
+        original = base.path.read_bytes()
+        takes = [self._sound_takes(base, original) for _ in range(3)]
         most = max(takes[1:])
         size = len(original) + base.beside
         if base.large:
             self.sound = max(self.sound, most / size)
         allowed = (3 if base.mapped else 2) * size
         return Target(base, original, most if most > allowed else 0)
+
+    def _sound_takes(self, base: Base, original: bytes) -> int:
+        base.path.write_bytes(original)
+        self._memory.begin(None, large=base.large)
+        base.load()
+        return self._memory.end()
 
     def try_one(self, number: int, seed: int) -> str | None:
         """Load a mutation; what is wrong with the loader, if anything."""
@@ -204,13 +203,15 @@ class Fuzz:
         target = targets[number % len(targets)]
         base = target.base
         data = mutate(target.original, random.Random(seed * 1_000_003 + number), base.head)
-        base.path.write_bytes(data)
         size = len(data) + base.beside
-        bound = max(2 * size, target.takes) + ALLOWANCE_BYTES
         for _ in range(TRIES):
+            bound = max(2 * size, target.takes) + ALLOWANCE_BYTES
+            base.path.write_bytes(data)
             opened, wrong, used = self._load(base, bound + target.takes + RESERVED_BYTES)
             if wrong is not None or used <= bound + base.mapped * len(data):
                 break
+            if target.takes:
+                target.takes = max(target.takes, self._sound_takes(base, target.original))
         else:
             wrong = "took too much"
         self.opened += opened
