@@ -32,22 +32,6 @@ def anonymous_mib(server: ServerProcess) -> float:
     return sum(memory_mib(process.pid)["Anonymous"] for process in _both(server))
 
 
-def touch_pages(server: ServerProcess) -> None:
-    """Ask long prompts until (nearly) every KV page was used, and is memory from then on.
-
-    Raises:
-        AssertionError: the prefix cache does not keep them.
-    """
-    with server.http(timeout=60.0) as http:
-        for number in range(500):
-            engine = server.info()["engine"]
-            if engine["pages_cached"] > 0.95 * engine["num_pages"]:
-                return
-            prompt = f"{number} ships went to sea. " * 100
-            http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1})
-    raise AssertionError(engine)
-
-
 def _both(server: ServerProcess) -> list[psutil.Process]:
     return [psutil.Process(server.process.pid), *engines(server)]
 

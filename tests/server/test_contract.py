@@ -18,6 +18,7 @@ import pytest
 from tests.kits.fake_engine import HANG
 from tests.kits.memory import lives
 from tests.kits.server import ServerProcess
+from tests.kits.wire import Wire, request_bytes
 
 LONG: dict[str, Any] = {"prompt": "abc", "max_tokens": 2000, "ignore_eos": True}
 
@@ -263,6 +264,25 @@ def test_reader_that_stands_still_is_cancelled(fake_model: Path) -> None:
             time.sleep(0.1)
         assert server.wait_idle()["engine"]["pages_used"] == 0
         raw.close()
+
+
+def test_reader_that_reads_slowly_and_steadily_is_not_cancelled(fake_model: Path) -> None:
+    fake = {"step_s": 0.0, "context_length": 1 << 16}
+    body = {"prompt": "abc", "max_tokens": 2000, "stream": True, "logprobs": 20, "seed": 1}
+    body |= {"ignore_eos": True}
+    settings = {"slow_reader_s": 0.7}
+    with (
+        ServerProcess(fake_model, fake=fake, server=settings) as server,
+        Wire(server.port, window=4096, timeout_s=10.0) as wire,
+    ):
+        wire.send(request_bytes("/v1/completions", body, "Connection: close"))
+        received, began = b"", time.monotonic()
+        while piece := wire.socket.recv(4096):
+            received += piece
+            ahead_s = len(received) / (64 << 10) - (time.monotonic() - began)
+            time.sleep(max(0.0, ahead_s))
+    assert len(received) > 5 * (64 << 10), "the server never had to wait for its reader"
+    assert b"data: [DONE]" in received[-100:]
 
 
 def test_outcomes_add_up_after_a_random_mix(server: ServerProcess) -> None:

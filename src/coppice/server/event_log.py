@@ -95,6 +95,8 @@ class EventLog:
             NotFoundError: it is so far back that what follows is no longer held.
         """
         place = self._read_place(text) if text else [0] * self._slots
+        if self.ended and any(place[slot] > self._counts[slot] for slot in range(self._slots)):
+            raise _no_place(text)
         self._require_held(place)
         return place
 
@@ -107,10 +109,7 @@ class EventLog:
 
     def _read_place(self, text: str) -> list[int]:
         if re.fullmatch(PLACE, text) is None or text.count(".") != self._slots - 1:
-            raise RequestError(
-                f"{text[:40]!r} is no place in this stream; send the id of the last event you "
-                "saw, or nothing to begin anew.", param="after",
-            )  # fmt: skip
+            raise _no_place(text)
         return list(map(int, text.split(".")))
 
     async def read(self, seen: list[int]) -> AsyncGenerator[bytes, None]:
@@ -173,3 +172,10 @@ class _Event(NamedTuple):
     data: bytes
     end: int
     """Bytes of all events up to here."""
+
+
+def _no_place(text: str | None) -> RequestError:
+    return RequestError(
+        f"{(text or '')[:40]!r} is no place in this stream; send the id of the last event you "
+        "saw, or nothing to begin anew.", param="after",
+    )  # fmt: skip

@@ -13,6 +13,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from coppice.server.config import ServerConfig
 
 MAX_HEADER_BYTES = 64 << 10
+HIGH_BYTES, LOW_BYTES = 8 << 10, 2 << 10
+"""Of a reply, waiting here for the system to take it: more must wait, until it is this little."""
 
 
 def protocol_class(settings: ServerConfig) -> type[H11Protocol]:
@@ -28,6 +30,7 @@ def protocol_class(settings: ServerConfig) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             """Begin a connection unless there are too many."""
             super().connection_made(transport)
+            transport.set_write_buffer_limits(HIGH_BYTES, LOW_BYTES)
             if len(self.connections) > settings.max_connections:
                 self._refuse(503, "too_many_connections", "Too many connections; try again later.")
                 return

@@ -37,8 +37,8 @@ from coppice.server.text import TextService
 from coppice.server.tokenizing import tokenizer_of
 
 log = logging.getLogger("coppice.server")
-SEND_BYTES = 128 << 10
-"""What the system keeps of a reply for a reader who lags; by itself it keeps up to 4 MiB."""
+UNSENT_BYTES = 16 << 10
+"""What the system takes of a reply beyond what is under way; by itself it takes up to 4 MiB."""
 CLOSE_GRACE_S = 5.0
 REST_S = 0.5
 """Between two looks whether nobody asks for anything."""
@@ -298,13 +298,12 @@ async def _settled(future: Awaitable[object]) -> None:
 
 
 def _listen(config: ServerConfig) -> socket.socket:
-
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     # NOTE: the protocol must be named; asyncio sets TCP_NODELAY only where it is, and without
     # it every reply waits 40 ms for the client's delayed acknowledgement.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
     try:
         listener.bind((config.host.strip("[]"), config.port))
     except OSError as error:

@@ -14,6 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
+PART_BYTES = 4 << 10
+"""Of one write: how long that takes says whether the reader reads at all."""
 T = TypeVar("T")
 Piece = tuple[int, bytes]
 """An encoded event and the index of the choice it is about, or `CLOSING`."""
@@ -49,8 +51,8 @@ class EventStream(Response):
         events: encoded events.
         headers: of the reply.
         ping_s: silence after which a comment is sent.
-        slow_reader_s: how long one write may take. While it does, the iterator is not asked,
-            so whatever it would yield is gathered there, not here.
+        slow_reader_s: how long one write of `PART_BYTES` may take. While it does, the iterator
+            is not asked, so whatever it would yield is gathered there, not here.
         closed: called when the stream is over, also if it never began.
     """
 
@@ -131,8 +133,10 @@ class EventStream(Response):
                     return
 
     async def _write(self, send: Send, chunk: bytes) -> None:
-        self._writing_since = time.monotonic()
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        for start in range(0, len(chunk), PART_BYTES):
+            self._writing_since = time.monotonic()
+            part = chunk[start : start + PART_BYTES]
+            await send({"type": "http.response.body", "body": part, "more_body": True})
         self._writing_since = None
         self._written = time.monotonic()
 

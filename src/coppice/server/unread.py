@@ -8,8 +8,6 @@ from coppice.engine.messages import Output
 
 MAX_OUTPUTS = 1024
 MAX_BYTES = 256 << 10
-LEAST_BYTES = 16 << 10
-"""Room for each choice, however many there are: they all come in the same step."""
 OUTPUT_BYTES = 256
 SCORE_BYTES = 128
 """Of each alternative of a token with log-probabilities: a pair, its number and its place."""
@@ -19,7 +17,7 @@ class Unread(asyncio.Queue[Output]):
     """Outputs of a call's requests, in order.
 
     Args:
-        choices: of all requests of the call.
+        choices: of all requests of the call; there is as much room for each.
 
     Attributes:
         size_bytes: what they take, nearly.
@@ -27,13 +25,16 @@ class Unread(asyncio.Queue[Output]):
 
     def __init__(self, choices: int = 1) -> None:
         super().__init__()
-        self._most_bytes = max(MAX_BYTES, choices * LEAST_BYTES)
+        self._choices = choices
         self.size_bytes = 0
 
     @property
     def too_many(self) -> bool:
         """The reader lags so far behind that no more should be made for it."""
-        return self.qsize() >= MAX_OUTPUTS or self.size_bytes >= self._most_bytes
+        return (
+            self.qsize() >= MAX_OUTPUTS * self._choices
+            or self.size_bytes >= MAX_BYTES * self._choices
+        )
 
     def _put(self, item: Output) -> None:
         super()._put(item)

@@ -97,6 +97,16 @@ def test_what_is_no_place_is_refused(text: str) -> None:
     assert EventLog(2).place("") == EventLog(2).place(None) == [0, 0]
 
 
+def test_a_place_may_be_ahead_of_a_stream_that_is_made_again_but_not_of_a_whole_one() -> None:
+    log = EventLog(2)
+    log.extend([(0, b"a"), (1, b"b")])
+    assert log.place("7.1") == [7, 1]
+    log.end()
+    assert log.place("1.1") == [1, 1]
+    with pytest.raises(RequestError, match="no place"):
+        log.place("2.1")
+
+
 def test_a_long_stream_is_held_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_log, "KEPT_BYTES", 1000)
     monkeypatch.setattr(event_log, "CHUNK_BYTES", 100)

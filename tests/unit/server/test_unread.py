@@ -30,11 +30,14 @@ def test_a_reader_may_lag_by_outputs_and_by_their_bytes(output: Output, most: in
     assert not queue.too_many and queue.size_bytes == 0
 
 
-def test_one_step_of_many_choices_is_no_lag() -> None:
-    queue = Unread(choices=128)
-    for _ in range(128):
+def test_every_choice_has_as_much_room() -> None:
+    queue = Unread(choices=16)
+    for _ in range(16 * 89):
         queue.put_nowait(scored(20))
-    assert queue.size_bytes > MAX_BYTES and not queue.too_many
+    assert queue.size_bytes > 15 * MAX_BYTES and not queue.too_many
+    for _ in range(16):
+        queue.put_nowait(scored(20))
+    assert queue.too_many
 
 
 @pytest.mark.parametrize("alternatives", [0, 1, 5, 20])
