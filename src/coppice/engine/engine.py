@@ -113,10 +113,10 @@ class Engine:
         self._running: list[Sequence] = []
         self._deadlines: list[tuple[float, str]] = []
         self.cost = StepCost(curve_for(config, model))
-        self._lanes = make_lanes(
+        self.lanes = make_lanes(
             config, model.decoder, runner_of, cost=self.cost, pages=self.pages, clock=clock
         )
-        self._runner = self._lanes.runner
+        self._runner = self.lanes.runner
         self._planner = planner or StepPlanner(self.cost)
         self.policy = policy or policy_of(config, num_pages, self.cost)
         self._arrivals = Arrivals(model, self.context_length, self.policy.order, clock)
@@ -219,11 +219,11 @@ class Engine:
         began = self.clock()
         outputs = self.attend()
         landed = []
-        for flight in self._lanes.flights(self._plan, self._speculate):
+        for flight in self.lanes.flights(self._plan, self._speculate):
             self._commit(flight, outputs)
             landed.append(flight)
         took = self.clock() - began
-        self._lanes.spent(took)
+        self.lanes.spent(took)
         self.meter.step(took)
         for flight in landed:
             self.meter.flight(flight.ran, flight.share_s, self.cost)
@@ -250,8 +250,8 @@ class Engine:
             prefix_queried_tokens=self.pages.queried_tokens,
             prefix_hit_tokens=self.pages.hit_tokens,
             preemptions=self._totals["preemptions"],
-            model_s=self._lanes.waited_s,
-            other_s=self._seconds["step"] - self._seconds["draft"] - self._lanes.waited_s,
+            model_s=self.lanes.waited_s,
+            other_s=self._seconds["step"] - self._seconds["draft"] - self.lanes.waited_s,
             prefill_rate_tok_s=1.0 / per_row if per_row else 0.0,
             outcomes=dict(self.outcomes),
             draft_s=self._seconds["draft"],
@@ -270,7 +270,7 @@ class Engine:
 
     def close(self) -> None:
         """The last call: what is kept between starts is written."""
-        self._lanes.close()
+        self.lanes.close()
         self.pages.close()
         if self._speculator is not None:
             self._speculator.close()
@@ -386,7 +386,7 @@ class Engine:
 
     def _stop_running(self, sequence: Sequence) -> None:
         """Its pages and its place are free; of one in flight, when that has landed."""
-        if self._lanes.holds(sequence):
+        if self.lanes.holds(sequence):
             return
         self._running.remove(sequence)
         self._table.free_slot(sequence)

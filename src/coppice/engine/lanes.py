@@ -134,8 +134,10 @@ class TwoLanes(OneLane):
         self._prompts = prompts
         self._threads = threads
         self._num_threads = num_threads()
-        self._team = cache(Team)
+        self._own_team, self._their_team = cache(Team), cache(Team)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="prompts")
+        self.num_beside = 0
+        """Flights that had decodes beside them."""
         self._aloft: Flight | None = None
         self._computed: Future[None]
 
@@ -153,7 +155,7 @@ class TwoLanes(OneLane):
             return
         self._flown.append(self._aloft)
         rest = 1.0 - self._aloft.share
-        with self._team(round(rest * self._num_threads)):
+        with self._own_team(round(rest * self._num_threads)):
             yield from self._fly(grants, guess, rest)
         if self._flown == [self._aloft]:  # nothing goes on beside it
             yield self._land()
@@ -176,8 +178,9 @@ class TwoLanes(OneLane):
         if flight.ran:
             threads = self._threads(flight.num_rows, len(decodes))
             flight.share = threads / self._num_threads
-            self._computed = self._worker.submit(self._compute, flight, self._team(threads))
+            self._computed = self._worker.submit(self._compute, flight, self._their_team(threads))
             self._aloft = flight
+            self.num_beside += 1
         return decodes
 
     def _compute(self, flight: Flight, team: Team) -> None:
