@@ -131,6 +131,17 @@ def test_same_in_two_lanes(
     assert found == expected
 
 
+@pytest.mark.skipif(not native_available(), reason="the extension is not built")
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("config", ["int4-weight-only"], indirect=True)
+def test_same_in_two_lanes_when_it_drafts_for_itself(
+    model: EngineModel, config: EngineConfig, expected: dict[str, Outcome]
+) -> None:
+    requests = make_requests(model, NUM_REQUESTS, 1)
+    arrangement = Arrangement(True, 7, True, True, "self", lanes="two")
+    assert outcomes(model, config, requests, arrangement, seed=5) == expected
+
+
 @pytest.mark.parametrize("config", ["int4-weight-only"], indirect=True)
 @pytest.mark.parametrize("arrangement", ITSELF, ids=str)
 def test_same_when_it_drafts_for_itself(
