@@ -218,7 +218,7 @@ def _on_this_machine(report: Report, *, rounds: int) -> None:
         Goal.at_most("worst gap beside a long prompt, in chunks over whole",
                      worst["in chunks"] / worst["whole"], 0.3)
     )  # fmt: skip
-    compare(report, model, replace(config, prefix_cache=False), rounds=3 if rounds == 1 else 7)
+    compare(report, model, replace(config, prefix_cache=False), rounds=3 if rounds == 1 else 5)
 
 
 class Whole(StepPlanner):

@@ -15,8 +15,8 @@ from coppice.engine.loading import EngineModel
 from coppice.engine.request import Request, SamplingParams
 
 CHOICES: tuple[LaneChoice, ...] = ("one", "auto", "two")
-CLIENTS = 6
-NUM_REQUESTS = 18
+CLIENTS = 4
+NUM_REQUESTS = 8
 
 
 @dataclass
@@ -61,9 +61,9 @@ def mixed_load(model: EngineModel, config: EngineConfig, num_requests: int = NUM
     coming = [
         Request(
             id=str(i),
-            prompt=text_tokens(rng.choice((40, 150, 500)), vocab, i),
+            prompt=text_tokens(rng.choice((40, 150, 400)), vocab, i),
             sampling=SamplingParams(
-                max_tokens=rng.randint(10, 50), temperature=0.0, ignore_eos=True
+                max_tokens=rng.randint(10, 40), temperature=0.0, ignore_eos=True
             ),
         )
         for i in range(num_requests)

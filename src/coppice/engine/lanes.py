@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Protocol
 
 from coppice.cost import StepCost
@@ -30,6 +30,9 @@ from coppice.scheduling import FlowQueues, Grant, Snapshot
 from coppice.scheduling.interfaces import SequenceView
 from coppice.scheduling.partition import LEAST_UNITS, Device, Operator, PhaseSplit
 from coppice.speculation import DraftTree
+
+FEW_TEAMS = 4
+"""Teams kept by a lane, one for each number of threads it had lately."""
 
 View = Callable[[Snapshot], Snapshot]
 Plan = Callable[[View], list[Grant]]
@@ -134,7 +137,7 @@ class TwoLanes(OneLane):
         self._prompts = prompts
         self._threads = threads
         self._num_threads = num_threads()
-        self._own_team, self._their_team = cache(Team), cache(Team)
+        self._own_team, self._their_team = (lru_cache(FEW_TEAMS)(Team) for _ in range(2))
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="prompts")
         self.num_beside = 0
         """Flights that had decodes beside them."""
