@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from coppice.engine.config import EngineConfig
 from coppice.engine.loading import EngineModel, load_engine_model
+from coppice.kernels import native_available, set_num_threads
 from tests.kits.invariance import (
     ARRANGEMENTS,
     ITSELF,
+    LANED,
     SCHEDULED,
     SPECULATED,
     TIERED,
@@ -96,6 +99,46 @@ def test_same_under_every_policy(
     arrangement: Arrangement,
 ) -> None:
     requests = make_requests(model, NUM_REQUESTS, 1)
+    assert outcomes(model, config, requests, arrangement, seed=5) == expected
+
+
+@pytest.fixture(params=[2, 4])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Lanes of one thread each, and of as many as their work asks for."""
+    set_num_threads(request.param)
+    yield
+    set_num_threads()
+
+
+@pytest.mark.skipif(not native_available(), reason="the extension is not built")
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, marks=() if c in ("float32", "int8") else pytest.mark.slow) for c in CONFIGS],
+    indirect=True,
+)
+@pytest.mark.parametrize("arrangement", LANED, ids=str)
+def test_same_in_two_lanes(
+    model: EngineModel,
+    config: EngineConfig,
+    expected: dict[str, Outcome],
+    arrangement: Arrangement,
+    tmp_path: Path,
+) -> None:
+    requests = make_requests(model, NUM_REQUESTS, 1)
+    answers = [[*r.prompt, *expected[r.id][0]] for r in requests]
+    found = outcomes(model, config, requests, arrangement, 5, answers, tmp_path)
+    assert found == expected
+
+
+@pytest.mark.skipif(not native_available(), reason="the extension is not built")
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("config", ["int4-weight-only"], indirect=True)
+def test_same_in_two_lanes_when_it_drafts_for_itself(
+    model: EngineModel, config: EngineConfig, expected: dict[str, Outcome]
+) -> None:
+    requests = make_requests(model, NUM_REQUESTS, 1)
+    arrangement = Arrangement(True, 7, True, True, "self", lanes="two")
     assert outcomes(model, config, requests, arrangement, seed=5) == expected
 
 

@@ -17,8 +17,9 @@ from typing import get_args
 
 import msgspec
 
-from coppice.engine.config import EngineConfig
+from coppice.engine.config import EngineConfig, LaneChoice
 from coppice.engine.engine import Engine
+from coppice.engine.lanes import TwoLanes
 from coppice.engine.loading import EngineModel
 from coppice.engine.request import Request, SamplingParams
 from coppice.engine.speculate import make_speculator
@@ -44,6 +45,7 @@ class Arrangement:
     """A setting of the engine, or ``"gossip"``: trees of truth and lies."""
     policy: PolicyName = "fcfs"
     order: OrderName = "arrival"
+    lanes: LaneChoice = "one"
     tier: str = ""
     """``ram`` or ``disk``, where the pool has room for little; ``restart`` too, with another
     engine to find what the first left on disk."""
@@ -58,6 +60,7 @@ class Arrangement:
                 self.speculate,
                 *(() if self.policy == "fcfs" else (self.policy,)),
                 *(() if self.order == "arrival" else (self.order,)),
+                *(() if self.lanes == "one" else (f"{self.lanes}-lanes",)),
                 *((self.tier,) if self.tier else ()),
             )
         )
@@ -94,6 +97,21 @@ SCHEDULED = [
     if (policy, order) != ("fcfs", "arrival")
 ]
 """Every policy with every order, among neighbours of several tenants, under preemption."""
+
+LANED = [
+    *(
+        Arrangement(True, chunk, cached, preempt, lanes="two")
+        for chunk, cached, preempt in itertools.product((512, 7, 64), (False, True), (False, True))
+    ),
+    *(
+        Arrangement(True, 64, True, True, name, lanes="two")
+        for name in ("gossip", "auto", "suffix")
+    ),
+    *(Arrangement(True, 64, True, True, policy=name, lanes="two") for name in get_args(PolicyName)),
+    Arrangement(True, 64, True, True, order="sessions", lanes="two"),
+    Arrangement(True, 64, True, True, lanes="two", tier="ram-disk"),
+]
+"""Prompts beside decodes; where nothing decodes there is nothing to fly beside."""
 
 TIERED = [
     Arrangement(batched, 64, True, preempt, speculate, tier=tier)
@@ -180,6 +198,7 @@ def outcomes(
         policy=arrangement.policy,
         order=arrangement.order,
         tenant_limit=10_000,
+        lanes=arrangement.lanes,
     )
     if arrangement.tier:
         config = replace(
@@ -213,6 +232,10 @@ def outcomes(
     else:
         found = _run_among_neighbours(engine, model, requests, seed)
     engine.check_pages()
+    if arrangement.lanes != "one":
+        assert isinstance(engine.lanes, TwoLanes)
+        assert engine.lanes.num_beside > 0, "nothing flew: the arrangement tested nothing"
+        engine.lanes.close()
     if arrangement.tier:
         assert engine.pages.tiers is not None
         hits = engine.pages.tiers.hits

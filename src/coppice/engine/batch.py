@@ -1,4 +1,4 @@
-"""Lays granted rows out as the arrays of one step."""
+"""Lays granted rows out as the arrays of one flight."""
 
 from __future__ import annotations
 
@@ -10,50 +10,62 @@ from coppice.kernels.rows import Rows
 from coppice.speculation import DraftTree
 
 
-class BatchLayout:
-    """Reusable host arrays for steps of up to ``max_rows`` rows over ``max_sequences``.
+class PageTable:
+    """The pages of every running sequence, a row of page ids each.
 
     Args:
-        max_rows: rows a step may have.
-        max_sequences: page-table rows, one a running sequence.
+        max_sequences: rows, one a running sequence.
         max_pages: pages a sequence may hold.
     """
 
-    def __init__(self, max_rows: int, max_sequences: int, max_pages: int) -> None:
+    def __init__(self, max_sequences: int, max_pages: int) -> None:
+        self._pages = np.full((max_sequences, max_pages), -1, dtype=np.int32)
+        self._free_slots = list(range(max_sequences - 1, -1, -1))
+        self.max_sequences = max_sequences
+        self.view = torch.from_numpy(self._pages)
+
+    def take_slot(self, sequence: Sequence) -> None:
+        """Give a sequence its row."""
+        sequence.slot = self._free_slots.pop()
+        self.write(sequence, 0)
+
+    def free_slot(self, sequence: Sequence) -> None:
+        """Take the row back."""
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+
+    def write(self, sequence: Sequence, first: int) -> None:
+        """Copy the sequence's page ids from ``first`` on into its row."""
+        self._pages[sequence.slot, first : len(sequence.pages)] = sequence.pages[first:]
+
+
+class BatchLayout:
+    """Reusable host arrays for flights of up to ``max_rows`` rows.
+
+    Args:
+        max_rows: rows a flight may have.
+        table: where the pages of its sequences are.
+    """
+
+    def __init__(self, max_rows: int, table: PageTable) -> None:
         fields = np.zeros((6, max_rows), dtype=np.int32)
         fields[5] = -1  # no adapters yet
         self._token, self._position, self._owner, self._parent, self._slot, _ = fields
         self._logit_rows = np.zeros(max_rows, dtype=np.int32)
-        self._prefix_len = np.zeros(max_sequences, dtype=np.int32)
-        self._page_table = np.full((max_sequences, max_pages), -1, dtype=np.int32)
-        self._free_slots = list(range(max_sequences - 1, -1, -1))
+        self._prefix_len = np.zeros(table.max_sequences, dtype=np.int32)
         self._num_rows = 0
         self._num_logits = 0
         self._views = [torch.from_numpy(row) for row in fields]
         self._logit_view = torch.from_numpy(self._logit_rows)
         self._prefix_view = torch.from_numpy(self._prefix_len)
-        self._table_view = torch.from_numpy(self._page_table)
+        self._table_view = table.view
         self._last: tuple[tuple[int, int], Rows] | None = None
         # A decode writes one number to each: a view of the same memory that is quick at that.
         arrays = [*fields[:5], self._prefix_len, self._logit_rows]
         self._one = [memoryview(array) for array in arrays]
 
-    def take_slot(self, sequence: Sequence) -> None:
-        """Give a sequence its page-table row."""
-        sequence.slot = self._free_slots.pop()
-        self.write_pages(sequence, 0)
-
-    def free_slot(self, sequence: Sequence) -> None:
-        """Take the page-table row back."""
-        self._free_slots.append(sequence.slot)
-        sequence.slot = -1
-
-    def write_pages(self, sequence: Sequence, first: int) -> None:
-        """Copy the sequence's page ids from ``first`` on into its row."""
-        self._page_table[sequence.slot, first : len(sequence.pages)] = sequence.pages[first:]
-
     def clear(self) -> None:
-        """Begin a step."""
+        """Begin a flight."""
         self._num_rows = 0
         self._num_logits = 0
 
@@ -67,7 +79,7 @@ class BatchLayout:
 
         Returns:
             If the last of them is the sequence's last token, the place of its logits among
-            the step's; those of tree node ``i`` are ``i + 1`` places on.
+            the flight's; those of tree node ``i`` are ``i + 1`` places on.
         """
         start = sequence.num_computed
         end = start + num_rows
@@ -119,9 +131,9 @@ class BatchLayout:
         self._num_logits += len(tree)
 
     def rows(self) -> Rows:
-        """The step's rows; views into this object's arrays, valid until `clear`.
+        """The flight's rows; views into this object's arrays, valid until `clear`.
 
-        Steps with as many rows and wanted logits as the one before share one object.
+        Flights with as many rows and wanted logits as the one before share one object.
         """
         sizes = self._num_rows, self._num_logits
         if self._last is None or self._last[0] != sizes:

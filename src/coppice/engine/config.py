@@ -13,6 +13,7 @@ from coppice.settings import RoomConfig, cache_root, setting
 DType = Literal["auto", "float32", "bfloat16"]
 KVDType = Literal["auto", "int8"]
 Speculate = Literal["off", "auto", "lookup", "suffix", "draft", "self"]
+LaneChoice = Literal["one", "two", "auto"]
 Verify = Literal["match", "chain", "mss", "swor"]
 Quantization = Literal[
     "none",
@@ -105,6 +106,12 @@ class EngineConfig(RoomConfig):
         "Threads for the model; none means the cores this process may use.",
         minimum=1,
         maximum=1024,
+    )
+    lanes: LaneChoice = setting(
+        "one",
+        "'two' reads prompts beside the answers that are being written, each with threads of its "
+        "own; 'one' does both in the same steps; 'auto' takes two from 4 threads on. No answer "
+        "changes.",
     )
     prefix_cache: bool = setting(
         True,

@@ -15,18 +15,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from coppice.cache.pool import KVPool
 from coppice.cost import StepCost
-from coppice.engine.batch import BatchLayout
+from coppice.engine.arrivals import Arrivals
+from coppice.engine.batch import PageTable
 from coppice.engine.calibrate import curve_for
 from coppice.engine.check import check_request
 from coppice.engine.config import EngineConfig
 from coppice.engine.endings import finish_reason, outcome, report
 from coppice.engine.faults import Fault
+from coppice.engine.flight import Flight, Walk
+from coppice.engine.lanes import View, make_lanes
 from coppice.engine.loading import EngineModel
 from coppice.engine.messages import (
     CancelReason,
@@ -39,14 +41,12 @@ from coppice.engine.messages import (
 )
 from coppice.engine.metering import Meter
 from coppice.engine.policies import policy_of, session_stats
-from coppice.engine.request import Grammar, Request
-from coppice.engine.sampler import SamplerState
+from coppice.engine.request import Request
 from coppice.engine.sequence import Sequence
 from coppice.engine.speculate import load_draft, make_speculator, trees_for
-from coppice.engine.step import StepRunner, Walk
+from coppice.engine.step import StepRunner
 from coppice.engine.tiering import make_pages, tier_stats
 from coppice.errors import RequestError
-from coppice.kernels import expect_work
 from coppice.scheduling import (
     FlowQueues,
     Grant,
@@ -58,10 +58,6 @@ from coppice.scheduling import (
 )
 from coppice.scheduling.sessions import Sessions
 from coppice.speculation import DraftTree, Speculator
-
-if TYPE_CHECKING:
-    from coppice.engine.grammar import GrammarCompiler
-    from coppice.engine.grammar_state import GrammarState
 
 MAX_STEP_S = 0.25
 """Bound on a step, so that cancels, deadlines and arrivals act within two of them."""
@@ -108,17 +104,22 @@ class Engine:
         pool = KVPool(layout, num_pages)
         self.pages = make_pages(config, model, pool)
         max_pages = -(-self.context_length // config.page_size) + 1
-        self._batch = BatchLayout(config.max_rows, config.max_sequences, max_pages)
-        self._runner = StepRunner(model.decoder, pool, self.pages, self._batch)
-        self._grammars: GrammarCompiler | None = None
+        self._table = PageTable(config.max_sequences, max_pages)
+        runner_of = partial(
+            StepRunner, pool=pool, pages=self.pages, table=self._table, max_rows=config.max_rows
+        )
         self._requests: dict[str, list[Sequence]] = {}
         self._held_back: dict[str, list[Progress]] = {}
         self._running: list[Sequence] = []
         self._deadlines: list[tuple[float, str]] = []
-        self._arrivals = 0
         self.cost = StepCost(curve_for(config, model))
+        self.lanes = make_lanes(
+            config, model.decoder, runner_of, cost=self.cost, pages=self.pages, clock=clock
+        )
+        self._runner = self.lanes.runner
         self._planner = planner or StepPlanner(self.cost)
         self.policy = policy or policy_of(config, num_pages, self.cost)
+        self._arrivals = Arrivals(model, self.context_length, self.policy.order, clock)
         self.sessions: Sessions[Sequence] = Sessions(
             self.pages, config.page_size, self.policy.admission, self.policy.retention
         )
@@ -130,7 +131,7 @@ class Engine:
         if self._speculator is not None:
             self._speculator.share(self._runner)
         self._totals: Counter[str] = Counter()
-        self._seconds = {"model": 0.0, "draft": 0.0, "other": 0.0}
+        self._seconds = {"step": 0.0, "draft": 0.0}
         self.outcomes: Counter[str] = Counter()
         self.meter = Meter()
 
@@ -166,7 +167,7 @@ class Engine:
         """
         self._check(request)
         first, *later = progress or map(Progress, range(request.sampling.n))
-        sequence = self._new_sequence(request, first)
+        sequence = self._arrivals.sequence(request, first)
         self._requests[request.id] = [sequence]
         if later:
             self._held_back[request.id] = later
@@ -198,10 +199,10 @@ class Engine:
             if sequence.finish_reason is not None or sequence.parked == on:
                 continue
             sequence.parked = on
-            if not on:
-                self._enqueue(sequence)
-            elif sequence.slot >= 0:
+            if sequence.slot >= 0:  # still, though it may have been parked, where it is in flight
                 self._stop_running(sequence)
+            elif not on:
+                self._enqueue(sequence)
             elif self.sessions.outside.pop(sequence.arrival, None) is None:
                 self._waiting.remove(sequence)
 
@@ -214,34 +215,20 @@ class Engine:
         return outputs
 
     def step(self) -> list[Output]:
-        """Plan, run and commit one step."""
-        expect_work()
+        """Plan, run and commit one step: the flights that end in it."""
         began = self.clock()
         outputs = self.attend()
-        plan = self._planner.plan(self._snapshot(began))
-        self._carry_out(plan, began)
-        grants = plan.grants
-        if plan.admit:  # a newcomer may have found no pages after all
-            grants = [g for g in grants if g.sequence.num_pages]
-        began_running = drafting = self.clock()
-        self.meter.hold(self._running)
-        trees = self._speculate(grants)
-        drafting = self.clock() - drafting
-        result = self._runner.run(grants, trees, partial(self._accept, outputs))
-        self._finish_walks(result.walks, outputs)
+        landed = []
+        for flight in self.lanes.flights(self._plan, self._speculate):
+            self._commit(flight, outputs)
+            landed.append(flight)
         took = self.clock() - began
-        if result.num_rows:
-            ran_s = self.clock() - began_running - drafting
-            self.cost.observe(result.num_rows, ran_s)
-            if self._speculator is not None:
-                self._speculator.step_took(result.num_rows, len(trees), ran_s)
-        self.meter.step(result.ran, took, self.cost)
+        self.lanes.spent(took)
+        self.meter.step(took)
+        for flight in landed:
+            self.meter.flight(flight.ran, flight.share_s, self.cost)
         self._totals["steps"] += 1
-        self._totals["rows"] += result.num_rows
-        self._totals["generated_tokens"] += result.num_chosen
-        self._seconds["model"] += result.model_s
-        self._seconds["draft"] += drafting
-        self._seconds["other"] += took - drafting - result.model_s
+        self._seconds["step"] += took
         return outputs
 
     def stats(self) -> StepStats:
@@ -263,8 +250,8 @@ class Engine:
             prefix_queried_tokens=self.pages.queried_tokens,
             prefix_hit_tokens=self.pages.hit_tokens,
             preemptions=self._totals["preemptions"],
-            model_s=self._seconds["model"],
-            other_s=self._seconds["other"],
+            model_s=self.lanes.waited_s,
+            other_s=self._seconds["step"] - self._seconds["draft"] - self.lanes.waited_s,
             prefill_rate_tok_s=1.0 / per_row if per_row else 0.0,
             outcomes=dict(self.outcomes),
             draft_s=self._seconds["draft"],
@@ -283,6 +270,7 @@ class Engine:
 
     def close(self) -> None:
         """The last call: what is kept between starts is written."""
+        self.lanes.close()
         self.pages.close()
         if self._speculator is not None:
             self._speculator.close()
@@ -303,40 +291,6 @@ class Engine:
             proposers=[] if self._speculator is None else self._speculator.names,
         )
 
-    def _new_sequence(self, request: Request, progress: Progress) -> Sequence:
-        params = request.sampling
-        wanted = self.context_length if params.max_tokens is None else params.max_tokens
-        eos_ids = frozenset() if params.ignore_eos else self.model.eos_ids
-        self._arrivals += 1
-        sequence = Sequence(
-            request=request,
-            index=progress.index,
-            arrival=self._arrivals,
-            tokens=list(request.prompt),
-            sampler=SamplerState(
-                params,
-                request.prompt,
-                self.model.tokenizer.vocab_size,
-                choice_index=progress.index,
-                eos_ids=sorted(self.model.eos_ids),
-            ),
-            grammar=None if params.grammar is None else self._start_grammar(params.grammar),
-            stop_ids=eos_ids | frozenset(params.stop_token_ids),
-            end=min(self.context_length, len(request.prompt) + wanted),
-            submitted_s=self.clock(),
-        )
-        sequence.resume(progress)
-        sequence.rank = self.policy.order.key(sequence)
-        return sequence
-
-    def _start_grammar(self, grammar: Grammar) -> GrammarState:
-        """Compile (or find) a constraint; the compiler is made on its first use."""
-        if self._grammars is None:
-            from coppice.engine.grammar import GrammarCompiler
-
-            self._grammars = GrammarCompiler(self.model.tokenizer)
-        return self._grammars.compile(grammar)
-
     def _release_held_back(self, request_id: str, *, enqueue: bool) -> list[Sequence]:
         """Create the choices that waited for the first one's prompt to be cached."""
         held_back = self._held_back.pop(request_id, None)
@@ -344,7 +298,7 @@ class Engine:
             return []
         sequences = self._requests[request_id]
         request = sequences[0].request
-        new = [self._new_sequence(request, progress) for progress in held_back]
+        new = [self._arrivals.sequence(request, progress) for progress in held_back]
         sequences.extend(new)
         if enqueue:
             for sequence in new:
@@ -374,6 +328,19 @@ class Engine:
             kept=self.sessions.kept(self._waiting, now),
         )
 
+    def _plan(self, view: View) -> list[Grant]:
+        """Plan from what ``view`` shows and carry it out, but for the rows it grants."""
+        now = self.clock()
+        shown = view(self._snapshot(now))
+        plan = self._planner.plan(shown)
+        self._carry_out(plan, now)
+        if shown.waiting:
+            self.waiting_for = plan.why
+        self.meter.hold(self._running)
+        if not plan.admit:
+            return plan.grants
+        return [g for g in plan.grants if g.sequence.num_pages]  # some found no pages after all
+
     def _carry_out(self, plan: Plan, now: float) -> None:
         flows = self.policy.flows
         for sequence in plan.preempt:
@@ -391,7 +358,7 @@ class Engine:
                 continue
             self._waiting.remove(sequence)
             self.sessions.entered(sequence)
-            self._batch.take_slot(sequence)
+            self._table.take_slot(sequence)
             insort(self._running, sequence, key=_rank)
             if not sequence.scheduled_s:
                 sequence.scheduled_s = now
@@ -400,11 +367,29 @@ class Engine:
         for sequence in plan.overtaken:
             assert isinstance(sequence, Sequence)
             sequence.overtaken += 1
-        self.waiting_for = plan.why
+
+    def _commit(self, flight: Flight, outputs: list[Output]) -> None:
+        """A flight has landed: its rows count, and who left meanwhile gives pages back."""
+        for sequence, *_ in flight.ran:
+            if sequence.parked or sequence.finish_reason is not None:
+                self._stop_running(sequence)
+        flight.runner.take(flight, partial(self._accept, outputs))
+        self._finish_walks(flight.walks, outputs)
+        if flight.share == 1.0 and flight.num_rows:  # beside another it says nothing of steps
+            took = self.clock() - flight.began_s
+            self.cost.observe(flight.num_rows, took)
+            if self._speculator is not None:
+                trees = sum(ran.guesses > 0 for ran in flight.ran)
+                self._speculator.step_took(flight.num_rows, trees, took)
+        self._totals["rows"] += flight.num_rows
+        self._totals["generated_tokens"] += flight.num_chosen
 
     def _stop_running(self, sequence: Sequence) -> None:
+        """Its pages and its place are free; of one in flight, when that has landed."""
+        if self.lanes.holds(sequence):
+            return
         self._running.remove(sequence)
-        self._batch.free_slot(sequence)
+        self._table.free_slot(sequence)
         self.pages.release(sequence)
         if self._speculator is not None:
             self._speculator.forget(sequence.arrival)
@@ -413,10 +398,13 @@ class Engine:
         """Trees for the sequences that decode, within the rows the plan left."""
         if self._speculator is None:
             return {}
+        began = self.clock()
         most = self.cost.rows_within(MAX_STEP_S, self.config.max_rows)
-        return trees_for(
-            self._speculator, self._running, grants, self.cost, now=self.clock(), most_rows=most
+        trees = trees_for(
+            self._speculator, self._running, grants, self.cost, now=began, most_rows=most
         )
+        self._seconds["draft"] += self.clock() - began
+        return trees
 
     def _finish_walks(self, walks: list[Walk], outputs: list[Output]) -> None:
         """Report what sequences that go on were given, and learn from their trees."""

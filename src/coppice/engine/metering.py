@@ -13,9 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from coppice.engine.flight import Ran
 from coppice.engine.messages import Usage
 from coppice.engine.sequence import Sequence
-from coppice.engine.step import Ran
 from coppice.scheduling.interfaces import CostModel
 
 Owner = tuple[str, str]
@@ -42,16 +42,19 @@ class Meter:
             owner = _owner(sequence)
             held[owner] = held.get(owner, 0) + len(sequence.pages)
 
-    def step(self, ran: SeqOf[Ran], took: float, cost: CostModel) -> None:
-        """That step ended.
+    def step(self, took: float) -> None:
+        """That step ended after so many seconds."""
+        for owner, pages in self._held.items():
+            self._of(owner).page_s += took * pages
+
+    def flight(self, ran: SeqOf[Ran], took: float, cost: CostModel) -> None:
+        """A flight landed.
 
         Args:
             ran: who had how many rows.
-            took: its seconds.
+            took: its seconds of the machine.
             cost: for the price of a row beside that of a step.
         """
-        for owner, pages in self._held.items():
-            self._of(owner).page_s += took * pages
         if not ran:
             return
         rows = sum(r.rows + r.guesses for r in ran)

@@ -1,4 +1,4 @@
-"""One step: carry out a plan, run the model once, choose tokens, commit.
+"""From granted rows to chosen tokens: lay out, run the model once, commit, choose.
 
 Nothing here knows a feature by name: a prefill chunk, a decode and a recomputed prompt are
 rows that close the gap between a sequence's tokens and its KV, and a speculated tree is rows
@@ -9,18 +9,17 @@ tree does not hold.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from coppice.cache.pool import KVPool
-from coppice.engine.batch import BatchLayout
+from coppice.engine.batch import BatchLayout, PageTable
 from coppice.engine.decide import decide
 from coppice.engine.faults import Fault, describe
+from coppice.engine.flight import Flight, Ran, Walk, largest_tree
 from coppice.engine.loading import Decoder
 from coppice.engine.messages import StepTree, TokenLogprob
 from coppice.engine.pages import SequencePages
@@ -29,7 +28,7 @@ from coppice.engine.sequence import Sequence
 from coppice.kernels.rows import Rows
 from coppice.kernels.sampling import Mask, Workspace
 from coppice.scheduling import Grant
-from coppice.speculation import ROOT, DraftTree, DraftView
+from coppice.speculation import DraftTree, DraftView
 
 
 class Accept(Protocol):
@@ -42,69 +41,6 @@ class Accept(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Walk:
-    """A sequence whose next tokens are being chosen.
-
-    Attributes:
-        place: its last token's place among the step's logits.
-        tree: what was speculated.
-        node: how far the walk has come.
-        path: tree nodes accepted so far.
-    """
-
-    sequence: Sequence
-    place: int
-    tree: DraftTree | None
-    node: int = ROOT
-    path: tuple[int, ...] = ()
-
-    def follow(self, token: int) -> bool:
-        """Go to the node that holds the chosen token; False where the tree has none."""
-        child = None if self.tree is None else self.tree.child(self.node, token)
-        if child is None:
-            return False
-        self.node = child
-        self.path = (*self.path, child)
-        self.sequence.accepted += 1
-        return True
-
-
-class Ran(NamedTuple):
-    """A sequence that had rows in a step.
-
-    Attributes:
-        end: tokens whose KV it had after it.
-        rows: to get there.
-        guesses: rows of its tree.
-    """
-
-    sequence: Sequence
-    end: int
-    rows: int
-    guesses: int
-
-
-def largest_tree(walks: Iterable[Walk]) -> StepTree | None:
-    """The largest tree of a step, to be shown; None where nothing was speculated."""
-    found = [(walk.tree, walk.path) for walk in walks if walk.tree is not None]
-    if not found:
-        return None
-    tree, path = max(found, key=lambda each: len(each[0]))
-    return StepTree(source=tree.source, parents=tree.parents, accepted=list(path))
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What a step did, and how long the model took."""
-
-    num_rows: int = 0
-    num_chosen: int = 0
-    walks: list[Walk] = field(default_factory=list)
-    ran: list[Ran] = field(default_factory=list)
-    model_s: float = 0.0
-
-
 class StepRunner:
     """Runs granted rows through the model.
 
@@ -112,25 +48,34 @@ class StepRunner:
         model: the decoder.
         pool: KV storage the decoder writes.
         pages: page bookkeeping of the same pool.
-        layout: host arrays of the batch.
+        table: where the pages of running sequences are; other runners may share it.
+        max_rows: rows a flight may have.
     """
 
     def __init__(
-        self, model: Decoder, pool: KVPool, pages: SequencePages, layout: BatchLayout
+        self, model: Decoder, *, pool: KVPool, pages: SequencePages, table: PageTable, max_rows: int
     ) -> None:
         self._model = model
         self._pool = pool
         self._pages = pages
-        self._layout = layout
+        self._table = table
+        self._layout = BatchLayout(max_rows, table)
         self._page_size = pool.layout.page_size
         self._workspace = Workspace()
         self.shown: StepTree | None = None
-        """The largest tree of the last step that had one."""
+        """The largest tree of the last flight that had one."""
 
     def run(
-        self, grants: Collection[Grant], trees: Mapping[int, DraftTree], accept: Accept
-    ) -> StepResult:
-        """One pass of the model over the granted rows and the trees behind them.
+        self, grants: Iterable[Grant], trees: Mapping[int, DraftTree], accept: Accept
+    ) -> Flight:
+        """`lay_out`, `compute` and `take`."""
+        flight = self.lay_out(grants, trees)
+        self.compute(flight)
+        self.take(flight, accept)
+        return flight
+
+    def lay_out(self, grants: Iterable[Grant], trees: Mapping[int, DraftTree]) -> Flight:
+        """The granted rows and the trees behind them, ready to be computed.
 
         A sequence whose pages cannot be had after all is left out; it is asked for again in
         the next plan, which sees the true page count. A tree without pages is dropped.
@@ -138,14 +83,15 @@ class StepRunner:
         Args:
             grants: rows by sequence.
             trees: by the sequence's arrival number; only for those granted their last token.
-            accept: takes every chosen token, in order.
+
+        Returns:
+            A flight, the only one of this runner until it has been taken.
         """
-        result = StepResult()
+        flight = Flight(self, list(grants))
         layout = self._layout
         layout.clear()
-        for grant in grants:
-            sequence = grant.sequence
-            assert isinstance(sequence, Sequence)
+        for grant in flight.grants:
+            sequence = _sequence(grant)
             end = min(sequence.num_computed + grant.num_rows, len(sequence.tokens))
             tree = trees.get(sequence.arrival) if trees else None
             if tree is not None and not self._prepare(sequence, end + len(tree)):
@@ -154,58 +100,67 @@ class StepRunner:
                 continue
             num_rows = end - sequence.num_computed
             place = layout.add(sequence, num_rows, tree)
-            if place is not None:
-                result.walks.append(Walk(sequence, place, tree))
-                if tree is not None:
-                    sequence.drafted += len(tree)
-            result.ran.append(Ran(sequence, end, num_rows, 0 if tree is None else len(tree)))
-            result.num_rows += num_rows + (0 if tree is None else len(tree))
-        if not result.ran:
-            return result
-        began = time.perf_counter()
-        rows = layout.rows()
+            if place is not None and tree is not None:
+                sequence.drafted += len(tree)
+            flight.add(
+                Ran(sequence, end, num_rows, 0 if tree is None else len(tree)),
+                None if place is None else Walk(sequence, place, tree),
+            )
+        if flight.ran:
+            flight.rows = layout.rows()
+        return flight
+
+    def compute(self, flight: Flight) -> None:
+        """The model's forward pass and nothing else: any thread may do it."""
+        if flight.rows is None:
+            return
         try:
-            found: list[int] | Tensor | None = self._greedy(rows, result.walks)
-            if found is None:
-                found = self._model.forward(rows, self._pool)
+            flight.found = self._greedy(flight.rows, flight.walks)
+            if flight.found is None:
+                flight.found = self._model.forward(flight.rows, self._pool)
         except BaseException as error:
-            return self._run_alone(result.ran, error, accept, grants)
-        result.model_s = time.perf_counter() - began
-        for sequence, end, *_ in result.ran:
+            flight.error = error
+
+    def take(self, flight: Flight, accept: Accept) -> None:
+        """Commit what was computed, and choose tokens.
+
+        Rows of sequences that have lost their pages meanwhile count for nothing.
+
+        Args:
+            flight: computed.
+            accept: takes every chosen token, in order.
+        """
+        if flight.error is not None:
+            self._run_alone(flight, flight.error, accept)
+            return
+        for sequence, end, *_ in flight.ran:
+            if sequence.slot < 0:
+                continue
             sequence.num_computed = end
             if end >= (sequence.num_sealed + 1) * self._page_size:
                 self._seal(sequence)
-        if isinstance(found, list):
-            result.num_chosen = _take(found, result.walks, accept)
-        else:
-            result.num_chosen = self._choose_all(found, result.walks, accept)
-        self.shown = largest_tree(result.walks) or self.shown
-        for walk in result.walks:
+        walks = flight.walks = [walk for walk in flight.walks if walk.sequence.slot >= 0]
+        if isinstance(flight.found, list):
+            flight.num_chosen = _take(flight.found, walks, accept)
+        elif flight.found is not None:
+            flight.num_chosen = self._choose_all(flight.found, walks, accept)
+        self.shown = largest_tree(walks) or self.shown
+        for walk in walks:
             if walk.path and walk.sequence.slot >= 0:
                 self._keep(walk)
-        return result
 
-    def _run_alone(
-        self,
-        ran: list[Ran],
-        error: BaseException,
-        accept: Accept,
-        grants: Collection[Grant],
-    ) -> StepResult:
+    def _run_alone(self, flight: Flight, error: BaseException, accept: Accept) -> None:
         """After a fault of the model: each sequence by itself, so that only the guilty fail."""
         why = describe(error, "The model")
-        if len(ran) == 1:
-            accept(ran[0].sequence, -1, None, why)
-            return StepResult()
-        merged = StepResult()
-        for grant in grants:
-            part = self.run([grant], {}, accept)
-            merged.num_rows += part.num_rows
-            merged.num_chosen += part.num_chosen
-            merged.walks += part.walks
-            merged.ran += part.ran
-            merged.model_s += part.model_s
-        return merged
+        if len(flight.ran) > 1:
+            flight.become(
+                [self.run([g], {}, accept) for g in flight.grants if _sequence(g).slot >= 0]
+            )
+            return
+        [ran] = flight.ran
+        if ran.sequence.slot >= 0:
+            accept(ran.sequence, -1, None, why)
+        flight.become([])
 
     def _greedy(self, rows: Rows, walks: list[Walk]) -> list[int] | None:
         """Run the model for nothing but the likeliest tokens, if nobody wants more."""
@@ -234,7 +189,7 @@ class StepRunner:
             return True
         if not self._pages.grow(sequence, end):
             return False
-        self._layout.write_pages(sequence, held)
+        self._table.write(sequence, held)
         return True
 
     def _keep(self, walk: Walk) -> None:
@@ -249,7 +204,7 @@ class StepRunner:
     def _seal(self, sequence: Sequence) -> None:
         first = sequence.num_sealed
         if self._pages.seal(sequence):
-            self._layout.write_pages(sequence, first)
+            self._table.write(sequence, first)
 
     def _choose_all(self, logits: Tensor, walks: list[Walk], accept: Accept) -> int:
         """Walk all trees, one level of every sequence at a time; tokens chosen."""
@@ -337,6 +292,11 @@ def _take(tokens: list[int], walks: list[Walk], accept: Accept) -> int:
             chosen += 1
             going = accept(walk.sequence, token, None, fault) and walk.follow(token)
     return chosen
+
+
+def _sequence(grant: Grant) -> Sequence:
+    assert isinstance(grant.sequence, Sequence)
+    return grant.sequence
 
 
 def _mask(sequence: Sequence, row: int, faults: dict[int, Fault]) -> Mask | None:

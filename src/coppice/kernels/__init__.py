@@ -98,8 +98,7 @@ def set_num_threads(threads: int | None = None) -> None:
         from coppice.kernels import _native
 
         _start_pool()
-        if _native.num_threads() != wanted:
-            _native.set_num_threads(wanted)
+        _native.set_num_threads(wanted)
 
 
 def expect_work() -> None:

@@ -67,6 +67,14 @@ class Program:
         self, token: int, rows: RowArrays, wanted: int, num_wanted: int, vocabulary: int, /
     ) -> list[int]: ...
 
+class Team:
+    """Threads of their own for operators of the threads that enter (native/parallel.h)."""
+
+    def __init__(self, threads: int, /) -> None: ...
+    def enter(self) -> None: ...
+    @staticmethod
+    def leave() -> None: ...
+
 class SuffixIndex:
     """A text and where its tokens were seen before (native/suffix.h)."""
 

@@ -71,6 +71,13 @@ class Decoder:
         )
         return None if described is None else self._ops.compile(described)
 
+    def another(self) -> Decoder:
+        """A decoder over the very same packed weights, with tables and buffers of its own.
+
+        Both may compute at the same time.
+        """
+        return self._over(self.weights)
+
     def with_int8_rows(self) -> Decoder | None:
         """This decoder over the very same packed weights, quicker and less exact.
 
@@ -83,6 +90,9 @@ class Decoder:
         weights = self.weights.with_activations("int8")
         if weights.formats() == self.weights.formats():
             return None
+        return self._over(weights)
+
+    def _over(self, weights: DecoderWeights) -> Decoder:
         return Decoder(
             self.config, weights, self._ops, max_context=self.max_context, dtype=self._kv_dtype
         )

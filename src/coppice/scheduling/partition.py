@@ -122,7 +122,7 @@ class PhaseSplit:
         threshold: float = 0.85,
         least_change: float = 0.04,
     ) -> None:
-        self._units = units
+        self.units = units
         self._slack = {True: decode_slack, False: prefill_slack}
         self._threshold = threshold
         self._least_change = least_change * units
@@ -135,7 +135,7 @@ class PhaseSplit:
         """Units for prefill; the rest decodes. At least one each."""
         prompts_first = kv_used < self._threshold
         changed = prompts_first != self._prompts_first
-        units, constrained = self._units, 1 if prompts_first else 0
+        units, constrained = self.units, 1 if prompts_first else 0
 
         def constrained_s(own: int) -> float:
             self.evaluations += 1
@@ -155,7 +155,7 @@ class PhaseSplit:
         Between two known points a time is close to ``a + b / units``: that is solved for the
         next guess, starting from the split there is.
         """
-        units = self._units
+        units = self.units
         enough, enough_s = units, seconds(units)
         few, few_s, limit = 0, inf, most * enough_s
         while enough - few > 1 and self.evaluations < MAX_EVALUATIONS:

@@ -223,7 +223,7 @@ class _Figures(Collector):
             yield from self._tiers(stats)
             yield self._total("engine_steps", "Steps.", stats.steps)
             yield self._total("engine_rows", "Rows of all steps.", stats.rows)
-            yield self._total("engine_model_seconds", "Time in the model.", stats.model_s)
+            yield self._total("engine_model_seconds", "Time waiting for the model.", stats.model_s)
             yield self._total("engine_other_seconds", "Step time outside it.", stats.other_s)
             yield self._gauge(
                 "prefill_rate_tokens_per_second", "Measured prefill.", stats.prefill_rate_tok_s

@@ -157,6 +157,10 @@ NB_MODULE(_native, m) {
   m.def("num_threads", &coppice::num_threads);
   m.def("set_num_threads", &coppice::set_num_threads, Unlocked());
   m.def("expect_work", &coppice::expect_work);
+  nb::class_<coppice::Team>(m, "Team", "Threads of their own; see parallel.h.")
+      .def(nb::init<int>())
+      .def("enter", &coppice::Team::enter)
+      .def_static("leave", &coppice::Team::leave);
   m.def("advise_huge", &advise_huge);
   m.def(
       "read_probe",

@@ -89,8 +89,7 @@ class NativeOps:
         self.name = f"native {_native.isa()}"
         self.device = torch.device("cpu")
         self._arena = torch.empty(0, dtype=torch.uint8)
-        self._rows: Rows | None = None
-        self._row_arrays: _native.RowArrays | None = None
+        self._last: tuple[Rows, _native.RowArrays] | None = None
 
     def empty_linear(
         self, out_features: int, in_features: int, format: Format, *, bias: bool = False
@@ -289,7 +288,8 @@ class NativeOps:
 
     def row_arrays(self, rows: Rows) -> _native.RowArrays:
         """Addresses of the step's arrays, made once per step (layers share them)."""
-        if self._row_arrays is None or self._rows is not rows:
+        last = self._last  # another thread may be at this with rows of its own
+        if last is None or last[0] is not rows:
             tensors = (
                 rows.position,
                 rows.sequence,
@@ -306,11 +306,11 @@ class NativeOps:
                 raise EngineError("Rows need one prefix length per page table line.")
             if any(t.shape != rows.slot.shape for t in tensors[:3]):
                 raise EngineError("Row arrays differ in length.")
-            self._row_arrays = _native.RowArrays(
+            arrays = _native.RowArrays(
                 *(tensor.data_ptr() for tensor in tensors), rows.num_rows, sequences, max_pages
             )
-            self._rows = rows
-        return self._row_arrays
+            last = self._last = rows, arrays
+        return last[1]
 
 
 def _shapes(out_features: int, in_features: int, format: Format, *, bias: bool) -> Shapes:

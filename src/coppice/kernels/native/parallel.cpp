@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <mutex>
+#include <vector>
 
 namespace coppice {
 namespace {
@@ -12,7 +13,10 @@ std::shared_ptr<Pool>& pool_slot() {
 }
 std::mutex pool_mutex;
 
+thread_local std::vector<std::shared_ptr<Pool>> teams;  // this thread entered
+
 std::shared_ptr<Pool> pool() {
+  if (!teams.empty()) return teams.back();
   std::lock_guard<std::mutex> hold(pool_mutex);
   return pool_slot();
 }
@@ -24,6 +28,10 @@ thread_local Pool* held = nullptr;  // by a region of this thread
 int num_threads() { return held ? held->threads() : pool()->threads(); }
 
 void set_num_threads(int threads) {
+  {
+    std::lock_guard<std::mutex> hold(pool_mutex);
+    if (pool_slot()->threads() == threads) return;
+  }
   auto fresh = std::make_shared<Pool>(threads);
   std::lock_guard<std::mutex> hold(pool_mutex);
   pool_slot().swap(fresh);
@@ -32,6 +40,10 @@ void set_num_threads(int threads) {
 void expect_work() {
   if (!held) pool()->nudge();
 }
+
+void Team::enter() const { teams.push_back(pool_); }
+
+void Team::leave() { teams.pop_back(); }
 
 Region::Region() : pool_(held ? nullptr : pool()) {
   if (!pool_) return;

@@ -1,4 +1,4 @@
-// Work in numbered tasks over the process's one pool of threads.
+// Work in numbered tasks over the process's pool of threads, or over a team of the caller's own.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,18 @@ namespace coppice {
 int num_threads();
 void set_num_threads(int threads);
 void expect_work();  // threads that sleep wake up and look out for it
+
+// Threads apart from the process's own. Operators of a thread run on the team it entered last
+// and has not left; those of several threads in one team take turns.
+class Team {
+ public:
+  explicit Team(int threads) : pool_(std::make_shared<Pool>(threads)) {}
+  void enter() const;
+  static void leave();
+
+ private:
+  std::shared_ptr<Pool> pool_;
+};
 
 // While one lives, its thread's operators follow each other without waking anybody: the pool
 // is theirs, and its threads watch for the next one instead of falling asleep.

@@ -1,4 +1,4 @@
-// The one thread pool of the process's kernels.
+// A pool of threads for kernels.
 #pragma once
 
 #include <atomic>
