@@ -224,7 +224,8 @@ def _greedy(report: Report, step_time: StepTime, num_pages: int) -> None:
     """Nine polite tenants alone and beside one that asks ten times as much, live and simulated."""
     model = load_engine_model(GREEDY_CONFIG)
     sizes = sizes_of(num_pages, GREEDY_CONFIG)
-    full = simulate(_greedy_load(4.0, 10.0), step_time, sizes, make_policy("fcfs")).tokens_per_s
+    crowd = _greedy_load(4.0, 10.0, seconds=4.0)
+    full = replay(model, GREEDY_CONFIG, crowd, policy=make_policy("fcfs")).tokens_per_s
     rate = POLITE_SHARE * full / (9 * MEAN_TOKENS)
     report.metrics["greedy"] = {"tokens_per_s": full, "requests_per_s_of_each": rate}
     runs: list[tuple[str, float, PolicyName]] = [
