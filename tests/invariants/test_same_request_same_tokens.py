@@ -102,7 +102,7 @@ def test_same_under_every_policy(
     assert outcomes(model, config, requests, arrangement, seed=5) == expected
 
 
-@pytest.fixture(params=[2, 4])
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Lanes of one thread each, and of as many as their work asks for."""
     set_num_threads(request.param)
@@ -114,7 +114,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(
     "config",
-    [pytest.param(c, marks=() if c in ("float32", "int8") else pytest.mark.slow) for c in CONFIGS],
+    [pytest.param(c, marks=() if c == "float32" else pytest.mark.slow) for c in CONFIGS],
     indirect=True,
 )
 @pytest.mark.parametrize("arrangement", LANED, ids=str)
