@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPResponse
 from typing import Any
 
 import pytest
@@ -183,7 +184,9 @@ def test_a_reader_that_stands_still_parks_its_request_and_loses_nothing(
         held = bundled.info()
         assert held["outcomes"]["in_flight"] == 1, "it ended before it could be parked"
         assert held["engine"]["pages_used"] == 0
-        received = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        reply = HTTPResponse(client)
+        reply.begin()
+        received = reply.read()
     texts = dict.fromkeys(range(4), "")
     for line in received.split(b"data: ")[1:]:
         event = line.split(b"\n\n")[0]
